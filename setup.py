@@ -1,0 +1,277 @@
+"""Builds coordatt_fast/lib/libcoordatt_fast.so with ninja, or installs pure Python and says why in lib/build.json.
+
+Environment: CXX, MAX_JOBS, DEBUG=1 (-O1 -g), SANITIZE=address,undefined, COORDATT_FAST_NO_BUILD=1 (skip on purpose).
+The library sees only libtorch's stable ABI and no Python, so one build serves every Python and every torch >= 2.11.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "coordatt_fast/__init__.py").read_text()).group(1)
+LIBRARY = "libcoordatt_fast.so"
+TORCH_TARGET = "0x020b000000000000ULL"  # 2.11, the oldest torch whose stable ABI has all that library.cpp uses
+
+WARNINGS = ["-Wall", "-Wextra"]
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
+KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+AVX512_BY_NAME = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), AVX512[1]]
+
+# These are compiled once per SIMD level; every other file of csrc/cpu once, for any CPU.
+PER_LEVEL = ("pool", "mix", "gate")
+
+
+class Skip(Exception):
+    """Why there will be no compiled library."""
+
+
+def _torch_here() -> tuple[Path, str] | None:
+    """Folder and version of the torch that this interpreter would import, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    found: dict[str, str] = {}
+    exec((folder / "version.py").read_text(), found)
+    return folder, found["__version__"]
+
+
+@functools.cache
+def find_torch() -> tuple[Path, str] | None:
+    """The torch to build against; from inside pip's isolated build, the one of the interpreter outside.
+
+    Isolation works through PYTHONPATH and the like, which -I ignores.
+    """
+    if found := _torch_here():
+        return found
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+    origin = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True).stdout.strip()
+    if not origin:
+        return None
+    found = {}
+    exec(Path(origin).with_name("version.py").read_text(), found)
+    return Path(origin).parent, found["__version__"]
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler as a command line."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    raise Skip(f"no C++ compiler: CXX={wanted} was not found" if wanted else "no C++ compiler: none of c++, g++, clang++")
+
+
+def find_ninja() -> str:
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    if found := shutil.which("ninja"):
+        return found
+    raise Skip("ninja was not found (pip install ninja)")
+
+
+class Toolchain:
+    """What is there to build with. Raises Skip where something is missing."""
+
+    def __init__(self) -> None:
+        if os.environ.get("COORDATT_FAST_NO_BUILD", "0") not in ("", "0"):
+            raise Skip("COORDATT_FAST_NO_BUILD was set")
+        if not sys.platform.startswith("linux"):
+            raise Skip(f"the compiled library is built on Linux only, this is {sys.platform}")
+        self.cxx = find_compiler()
+        self.ninja = find_ninja()
+        torch = find_torch()
+        if torch is None or not (torch[0] / "include/torch/csrc/stable/library.h").exists():
+            raise Skip("no torch >= 2.11 with its headers was found" + (f" (found {torch[1]})" if torch else ""))
+        self.torch, self.torch_version = torch
+        self.compiler = self.ask("--version").splitlines()[0]
+        self.machine = self.ask("-dumpmachine").split("-")[0]
+
+    def ask(self, option: str) -> str:
+        return subprocess.run([*self.cxx, option], check=True, capture_output=True, text=True).stdout.strip()
+
+    def accepts(self, flags: list[str]) -> bool:
+        command = [*self.cxx, *flags, "-x", "c++", "-fsyntax-only", "-"]
+        return subprocess.run(command, input="int x;", capture_output=True, text=True).returncode == 0
+
+    def levels(self) -> dict[str, list[str]]:
+        """SIMD levels, lowest first, with the flags each one adds."""
+        if self.machine == "aarch64":
+            return {"neon": []}
+        levels: dict[str, list[str]] = {"baseline": []}
+        if self.machine == "x86_64":
+            avx512 = AVX512 if self.accepts(AVX512) else AVX512_BY_NAME
+            levels |= {name: flags for name, flags in (("avx2", AVX2), ("avx512", avx512)) if self.accepts(flags)}
+        return levels
+
+
+@functools.cache
+def toolchain() -> Toolchain | Skip:
+    try:
+        return Toolchain()
+    except Skip as reason:
+        return reason
+
+
+def mode() -> tuple[str, list[str]]:
+    """Name and flags of the kind of build that the environment asks for."""
+    sanitize = os.environ.get("SANITIZE", "")
+    debug = os.environ.get("DEBUG", "0") not in ("", "0") or bool(sanitize)
+    flags = ["-O1", "-g"] if debug else ["-O3"]
+    if sanitize:
+        flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+    return "-".join(["debug" if debug else "release", *filter(None, sanitize.split(","))]), flags
+
+
+def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[str]]:
+    """Writes folder/build.ninja, which makes output; paths in it are relative to the repository root."""
+    base = [*COMMON, *WARNINGS, *mode()[1]]
+    levels = tools.levels()
+
+    def define(name: str, value: str) -> str:
+        return f'-D{name}="{value}"'
+
+    def escape(text: str) -> str:
+        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def flags(parts: list[str]) -> str:
+        return shlex.join(parts).replace("$", "$$")
+
+    objects: list[str] = []
+    lines = [
+        "ninja_required_version = 1.3",
+        f"cxx = {flags(tools.cxx)}",
+        "rule compile\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "  description = compile $out",
+        "rule link\n  command = $cxx -shared $in $flags -o $out\n  description = link $out",
+    ]
+
+    def compile_file(source: Path, name: str, parts: list[str]) -> None:
+        objects.append(escape(str(folder / f"{name}.o")))
+        lines.append(f"build {objects[-1]}: compile {escape(str(source))}\n  flags = {flags(parts)}")
+
+    include = tools.torch / "include"
+    torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Icsrc"]
+    torch_flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+    torch_flags += [
+        define("COORDATT_VERSION", VERSION),
+        define("COORDATT_TORCH_BUILT", tools.torch_version),
+        define("COORDATT_COMPILER", tools.compiler),
+    ]
+    compile_file(Path("csrc/library.cpp"), "library", [*base, *torch_flags])
+
+    compiled = [f"-DCOORDATT_HAVE_{level.upper()}" for level in levels]
+    for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        source, kernel_flags = path.relative_to(ROOT), [*base, *KERNEL, "-Icsrc"]
+        if path.stem not in PER_LEVEL:
+            compile_file(source, path.stem, [*kernel_flags, *compiled])
+            continue
+        for level, extra in levels.items():
+            compile_file(source, f"{path.stem}_{level}", [*kernel_flags, *extra, f"-DCOORDATT_SIMD_{level.upper()}"])
+
+    link = [f"-L{tools.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+    sanitize = [flag for flag in mode()[1] if flag.startswith("-fsanitize")]
+    link += sanitize or ["-Wl,-z,defs"]
+    lines.append(f"build {escape(str(output))}: link {' '.join(objects)}\n  flags = {flags(link)}")
+    lines.append(f"default {escape(str(output))}\n")
+    (folder / "build.ninja").write_text("\n".join(lines))
+    return levels
+
+
+class BuildLibrary(build_ext):
+    """build_ext that makes the library and build.json; --inplace puts them into the source tree."""
+
+    def _lib(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib).resolve()) / "coordatt_fast/lib"
+
+    def run(self) -> None:
+        lib, tools = self._lib(), toolchain()
+        lib.mkdir(parents=True, exist_ok=True)
+        about: dict[str, object] = {"version": VERSION, "platform": f"{sys.platform}-{platform.machine()}"}
+        if isinstance(tools, Skip):
+            (lib / LIBRARY).unlink(missing_ok=True)
+            about["skipped"] = str(tools)
+            print(f"coordatt_fast: no compiled library, pure Python: {tools}")
+        else:
+            levels = self.compile(tools, lib / LIBRARY)
+            about |= {"torch": tools.torch_version, "compiler": tools.compiler, "simd": list(levels), "mode": mode()[0]}
+        (lib / "build.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    def compile(self, tools: Toolchain, target: Path) -> dict[str, list[str]]:
+        folder = Path(self.get_finalized_command("build").build_base) / mode()[0]
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        output = folder / LIBRARY
+        levels = write_ninja(tools, folder, output)
+        print(f"coordatt_fast {VERSION}: {tools.compiler}, torch {tools.torch_version}, SIMD {', '.join(levels)}", flush=True)
+        jobs = os.environ.get("MAX_JOBS")
+        command = [tools.ninja, "-f", str(folder / "build.ninja"), *(["-j", jobs] if jobs else [])]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit(
+                "coordatt_fast: compiling the library failed (see above). "
+                "COORDATT_FAST_NO_BUILD=1 installs without it, in pure Python."
+            )
+        # A new file under the name: a process that has the old library mapped keeps it whole.
+        partial = target.with_suffix(".new")
+        shutil.copyfile(ROOT / output, partial)
+        partial.chmod(0o755)
+        partial.replace(target)
+        return levels
+
+    def get_outputs(self) -> list[str]:
+        names = ["build.json"] if isinstance(toolchain(), Skip) else [LIBRARY, "build.json"]
+        return [str(self._lib() / name) for name in names]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Wheel(bdist_wheel):
+    """py3-none-<platform> with the library in it, py3-none-any without."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = isinstance(toolchain(), Skip)
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
+
+
+def missing_torch() -> list[str]:
+    """torch as a build requirement, where there is a compiler and neither this nor the outer interpreter has one.
+
+    Not in pyproject.toml: an isolated build would then fetch a second torch, perhaps another version than the user's.
+    """
+    try:
+        find_compiler()
+    except Skip:
+        return []
+    skipped = os.environ.get("COORDATT_FAST_NO_BUILD", "0") not in ("", "0")
+    return [] if skipped or find_torch() else ["torch>=2.11"]
+
+
+setup(
+    ext_modules=[Extension("coordatt_fast.lib.libcoordatt_fast", sources=[])],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    setup_requires=missing_torch(),
+)
