@@ -183,12 +183,13 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
 
     compiled = [f"-DCOORDATT_HAVE_{level.upper()}" for level in levels]
     for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        source, kernel_flags = path.relative_to(ROOT), [*base, *KERNEL, "-Icsrc"]
+        source = path.relative_to(ROOT)
         if path.stem not in PER_LEVEL:
-            compile_file(source, path.stem, [*kernel_flags, *compiled])
+            compile_file(source, path.stem, [*base, "-Icsrc", *compiled])
             continue
         for level, extra in levels.items():
-            compile_file(source, f"{path.stem}_{level}", [*kernel_flags, *extra, f"-DCOORDATT_SIMD_{level.upper()}"])
+            parts = [*base, *KERNEL, *extra, "-Icsrc", f"-DCOORDATT_SIMD_{level.upper()}"]
+            compile_file(source, f"{path.stem}_{level}", parts)
 
     link = [f"-L{tools.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
     sanitize = [flag for flag in mode()[1] if flag.startswith("-fsanitize")]
