@@ -1,8 +1,11 @@
 """The functional form of Coordinate Attention: every parameter explicit."""
 
+import torch
 from torch import Tensor
 
-from coordatt_fast import reference
+from coordatt_fast import ops, plan, reference
+
+_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 
 def coord_att(
@@ -27,9 +30,50 @@ def coord_att(
     inplace: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Coordinate Attention of x [N, C, H, W]."""
-    return reference.coord_att(
-        x, conv1_weight, conv1_bias, bn_weight, bn_bias, running_mean, running_var,
-        conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias,
+    """Coordinate Attention of x [N, C, H, W] (arXiv 2103.02907, section 3.2), in x's shape, dtype and memory format.
+
+    conv1_weight is [M, C, 1, 1], conv_h_weight and conv_w_weight are [C, M, 1, 1]; biases [M], [C], [C] or None; the
+    normalisation's tensors are [M] or None. Parameters have x's dtype, or float32 for a half x under autocast.
+
+    training: normalises with batch statistics and, where running_mean and running_var are given, moves them by momentum
+    (None: the cumulative average, which needs num_batches_tracked); num_batches_tracked is increased by one where given.
+    Without training the running statistics are used; where they are None there is no normalisation.
+    activation: "hard_swish", "silu", "relu" or "relu6". skip: adds x to the result.
+    inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
+    out: a tensor of x's shape, dtype and strides to write the result into; RuntimeError when a gradient is recorded.
+
+    Raises ValueError for an x that is not four-dimensional or an unknown activation, RuntimeError for parameters of
+    other channels, dtype or device than x.
+    """
+    if activation not in _CODES:
+        raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_CODES)}")
+    if not training and running_mean is None and not (running_var is None and bn_weight is None and bn_bias is None):
+        raise ValueError("running_mean is None outside training: bn_weight, bn_bias and running_var must be None as well")
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("momentum is None (the cumulative average), which needs num_batches_tracked")
+
+    affine = (conv1_weight, conv1_bias, bn_weight, bn_bias)
+    gates = (conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias)
+    why = plan.functional_obstacle(x, affine, (running_mean, running_var), gates)
+    if why is None:
+        norm = ops.NORM_BATCH if training else ops.NORM_NONE if running_mean is None else ops.NORM_GIVEN
+        update = training and (running_mean is not None or num_batches_tracked is not None)
+        return ops.attention(
+            x, *affine, running_mean, running_var, eps, *gates, norm, _CODES[activation], skip,
+            num_batches_tracked, momentum, update, x if inplace else out,
+        )  # fmt: skip
+
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if momentum is None:
+        momentum = 1 / float(num_batches_tracked) if num_batches_tracked is not None else 0.0
+    result = reference.coord_att(
+        x, *affine, running_mean, running_var, *gates,
         training=training, momentum=momentum, eps=eps, activation=activation, skip=skip,
-    )
+    )  # fmt: skip
+    if torch.is_grad_enabled() and result.requires_grad:
+        if out is not None:
+            raise RuntimeError("out= cannot record gradients, but an argument requires grad: call under torch.no_grad()")
+        return result
+    target = x if inplace else out
+    return result if target is None else target.copy_(result)

@@ -3,13 +3,23 @@
 import torch
 from torch import Tensor, nn
 
-from coordatt_fast import reference
-
-_ACTIVATION_MODULES = {"hard_swish": nn.Hardswish, "silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6}
+from coordatt_fast import ops, plan, reference
 
 
 class CoordAtt(nn.Module):
-    """Coordinate Attention."""
+    """Coordinate Attention over x [N, C, H, W] (Hou, Zhou, Feng, CVPR 2021, arXiv 2103.02907, section 3.2).
+
+    Same children, state dict and initialisation as the authors' class. The result has x's shape, dtype and memory
+    format. Children are read at every call: their eps, momentum and training flags, hooks and replacements count;
+    explain(module, x) tells how a call runs.
+
+    inp, oup: channels of x and of the gates; the result is x times the gates, so they are equal (or one of them 1).
+    reduction: the squeezed width is max(8, inp // reduction), or mid_channels where that is given.
+    activation: "hard_swish", "silu", "relu" or "relu6". bias: of the three convolutions. skip: adds x to the result.
+    inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
+
+    Raises ValueError for an x that is not four-dimensional, RuntimeError for one of other channels, dtype or device.
+    """
 
     def __init__(
         self,
@@ -26,20 +36,60 @@ class CoordAtt(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATION_MODULES:
-            raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_ACTIVATION_MODULES)}")
-        where = {"device": device, "dtype": dtype}
+        if activation not in plan.ACTIVATION_MODULES:
+            raise ValueError(f"activation is {activation!r}, expected one of {', '.join(plan.ACTIVATION_MODULES)}")
         mip = max(8, inp // reduction) if mid_channels is None else mid_channels
         self.pool_h = nn.AdaptiveAvgPool2d((None, 1))
         self.pool_w = nn.AdaptiveAvgPool2d((1, None))
-        self.conv1 = nn.Conv2d(inp, mip, kernel_size=1, bias=bias, **where)
-        self.bn1 = nn.BatchNorm2d(mip, **where)
-        self.act = _ACTIVATION_MODULES[activation]()
-        self.conv_h = nn.Conv2d(mip, oup, kernel_size=1, bias=bias, **where)
-        self.conv_w = nn.Conv2d(mip, oup, kernel_size=1, bias=bias, **where)
+        self.conv1 = nn.Conv2d(inp, mip, kernel_size=1, bias=bias, device=device, dtype=dtype)
+        self.bn1 = nn.BatchNorm2d(mip, device=device, dtype=dtype)
+        self.act = plan.ACTIVATION_MODULES[activation]()
+        self.conv_h = nn.Conv2d(mip, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
+        self.conv_w = nn.Conv2d(mip, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
         self.skip = skip
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        y_h, y_w = reference.split(self.act(self.bn1(self.conv1(reference.pool(x)))), x)
-        return reference.gate(x, self.conv_h(y_h), self.conv_w(y_w), self.skip)
+        arguments = plan.arguments(self, x)
+        if type(arguments) is tuple:
+            return ops.attention(x, *arguments)
+        return self._by_children(x, fast=arguments.tier == plan.HYBRID)
+
+    def _by_children(self, x: Tensor, fast: bool) -> Tensor:
+        """The hybrid (fast) and reference tiers: the module's own children between pool and gate."""
+        if plan.special_pools(self):
+            pooled = torch.cat([self.pool_h(x), self.pool_w(x).transpose(2, 3)], dim=2)
+        else:
+            pooled = ops.pool(x) if fast else reference.pool(x)
+        y_h, y_w = reference.split(self.act(self.bn1(self.conv1(pooled))), x)
+        s_h, s_w = self.conv_h(y_h), self.conv_w(y_w)
+        fast = fast and plan.gate_fits(x, s_h, s_w)
+        out = ops.gate(x, s_h, s_w, self.skip) if fast else reference.gate(x, s_h, s_w, self.skip)
+        if self.inplace and not (torch.is_grad_enabled() and out.requires_grad):
+            return x.copy_(out)
+        return out
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}=True" for name in ("skip", "inplace") if getattr(self, name))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return _Scriptable(self)
+
+
+class _Scriptable(nn.Module):
+    """What torch.jit.script compiles in place of a CoordAtt: the reference over the same children."""
+
+    def __init__(self, module: CoordAtt) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        self.skip = module.skip
+        self.training = module.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)
+        y = self.act(self.bn1(self.conv1(torch.cat([rows, columns], dim=2))))
+        h = x.size(2)
+        s_h, s_w = self.conv_h(y[:, :, :h]), self.conv_w(y[:, :, h:].transpose(2, 3))
+        out = x * s_w.sigmoid() * s_h.sigmoid()
+        return out + x if self.skip else out

@@ -1,0 +1,328 @@
+"""The compiled operators as PyTorch sees them: shapes, gradients, FLOPs, and the calls from eager and compiled code.
+
+The schemas are csrc/library.cpp's (namespace coordatt_fast). R = N * (H + W) rows, first (n, h), then (n, w): pooled and
+gates are [R, C], squeezed is [R, M], mean and var are [M], in float64 for float64 maps and float32 for all others.
+Eager calls go through an autograd.Function around each op, a third of the cost of a registered formula; the compiler and
+opcheck see the registered formulas. Both run the same code.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
+
+from coordatt_fast import library, reference
+
+NORM_NONE, NORM_GIVEN, NORM_BATCH = 0, 1, 2
+
+LOADED = library.load().loaded
+_lib = torch.ops.coordatt_fast
+if LOADED:
+    _attend, _attend_out, _attend_train = _lib.attend.default, _lib.attend_out.default, _lib.attend_train.default
+    _attend_backward, _update = _lib.attend_backward.default, _lib.update_running_stats.default
+    _pool, _pool_backward = _lib.pool.default, _lib.pool_backward.default
+    _gate, _gate_backward = _lib.gate.default, _lib.gate_backward.default
+
+# Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is wanted.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_is_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+
+
+# The whole function -----------------------------------------------------------------------------------------------
+
+
+def attention(
+    x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update, out
+):
+    """The fused function of x [N, C, H, W], moving the running statistics where update is true.
+
+    w1, b1, wh, bh, ww, bw are conv1's, conv_h's and conv_w's weight and bias; gamma, beta, mean, var, tracked belong to
+    the normalisation; norm and activation are integer codes. Without a gradient to record the result is written into
+    out where that is given; with one it may only be x, which is then left alone.
+    """
+    if _is_grad_enabled() and (
+        x.requires_grad
+        or w1.requires_grad
+        or wh.requires_grad
+        or ww.requires_grad
+        or (gamma is not None and gamma.requires_grad)
+        or (beta is not None and beta.requires_grad)
+        or (b1 is not None and b1.requires_grad)
+        or (bh is not None and bh.requires_grad)
+        or (bw is not None and bw.requires_grad)
+    ):
+        if out is not None and out is not x:
+            raise RuntimeError("out= cannot record gradients, but an argument requires grad: call under torch.no_grad()")
+        args = (x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update)
+        return _train(*args)[0] if _is_compiling() else _apply(*args)
+    if norm == NORM_BATCH:
+        with _below_autograd():
+            result = _train(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update)[0]
+        return result if out is None else out.copy_(result)
+    if out is None:
+        return _attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip)
+    _attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, out=out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def _train(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update):
+    """attend_train's six results, the running statistics moved."""
+    given_mean, given_var = (mean, var) if norm == NORM_GIVEN else (None, None)
+    results = _attend_train(
+        x, w1, b1, gamma, beta, given_mean, given_var, eps, wh, bh, ww, bw, norm, activation, skip
+    )
+    if update:
+        _update(mean, var, tracked, results[2], results[4], results[5], momentum)
+    return results
+
+
+class _Attend(Function):
+    """Keeps x and what is of size N * C * (H + W) or smaller."""
+
+    @staticmethod
+    def forward(
+        ctx, x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update
+    ):
+        with _below_autograd():
+            out, pooled, squeezed, gates, mean, var = _train(
+                x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update
+            )
+        ctx.save_for_backward(x, pooled, squeezed, gates, mean, var, w1, b1, gamma, beta, wh, bh, ww, bw)
+        ctx.settings = (eps, norm, activation, skip)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (*_attention_gradients(ctx, grad), None, None, None)
+
+
+# Function.apply without its look for functorch's wrappers: plan.py sends functorch's calls to the reference.
+_apply = super(Function, _Attend).apply
+
+
+def _attention_gradients(ctx, grad):
+    """Gradients for attend_train's 15 inputs."""
+    x, pooled, squeezed, gates, mean, var, w1, b1, gamma, beta, wh, bh, ww, bw = ctx.saved_tensors
+    eps, norm, activation, skip = ctx.settings
+    need = ctx.needs_input_grad
+    if _is_grad_enabled() and not _is_compiling():
+        inputs = (x, w1, b1, gamma, beta, wh, bh, ww, bw)
+        places = (0, 1, 2, 3, 4, 8, 9, 10, 11)
+        found = _differentiable_gradients(inputs, [need[place] for place in places], grad, mean, var, *ctx.settings)
+        dx, dw1, db1, dgamma, dbeta, dwh, dbh, dww, dbw = found
+    else:
+        needs = (
+            need[0] | need[1] << 1 | need[2] << 2 | need[3] << 3 | need[4] << 4
+            | need[8] << 5 | need[9] << 6 | need[10] << 7 | need[11] << 8
+        )  # fmt: skip
+        with _below_autograd():
+            dx, dw1, db1, dgamma, dbeta, dwh, dbh, dww, dbw = _attend_backward(
+                grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww, norm, activation, skip, needs
+            )
+    return (
+        dx if need[0] else None,
+        dw1 if need[1] else None,
+        db1 if need[2] else None,
+        dgamma if need[3] else None,
+        dbeta if need[4] else None,
+        None,
+        None,
+        None,
+        dwh if need[8] else None,
+        dbh if need[9] else None,
+        dww if need[10] else None,
+        dbw if need[11] else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _differentiable_gradients(inputs, needed, grad, mean, var, eps, norm, activation, skip):
+    """The same gradients through the reference, so that they can be differentiated again."""
+    # An alias of each input: one Parameter in two places must not get the sum of both gradients twice.
+    alias = [t.view_as(t) if t is not None else None for t in inputs]
+    wide = [t.to(mean.dtype) if t is not None else None for t in alias]
+    x, w1, b1, gamma, beta, wh, bh, ww, bw = wide
+    given_mean, given_var = (mean, var) if norm == NORM_GIVEN else (None, None)
+    out = reference.coord_att(
+        x, w1, b1, gamma, beta, given_mean, given_var, wh, bh, ww, bw,
+        training=norm == NORM_BATCH, eps=eps, activation=tuple(reference.ACTIVATIONS)[activation], skip=skip,
+    )  # fmt: skip
+    wanted = [t for t, need in zip(alias, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+    return [next(found) if need else None for need in needed]
+
+
+def _keep_for_backward(ctx, inputs, output):
+    """attend_train's setup_context: what _Attend.forward keeps."""
+    x, w1, b1, gamma, beta, _, _, eps, wh, bh, ww, bw, norm, activation, skip = inputs
+    _, *kept = output
+    ctx.save_for_backward(x, *kept, w1, b1, gamma, beta, wh, bh, ww, bw)
+    ctx.settings = (eps, norm, activation, skip)
+    ctx.mark_non_differentiable(*kept)
+
+
+def _attend_train_backward(ctx, grad, *_):
+    return _attention_gradients(ctx, grad)
+
+
+# Pool and gate, for the hybrid tier -------------------------------------------------------------------------------
+
+
+def pool(x: Tensor) -> Tensor:
+    """reference.pool of x [N, C, H, W] in one read, differentiable."""
+    if _is_compiling():
+        return _pool(x)
+    if x.requires_grad and _is_grad_enabled():
+        return _Pool.apply(x)
+    with _below_autograd():
+        return _pool(x)
+
+
+def gate(x: Tensor, s_h: Tensor, s_w: Tensor, skip: bool) -> Tensor:
+    """reference.gate of x [N, C, H, W], s_h [N, C, H, 1], s_w [N, C, 1, W] in one read and one write, differentiable."""
+    if _is_compiling():
+        return _gate(x, s_h, s_w, skip)
+    if _is_grad_enabled() and (x.requires_grad or s_h.requires_grad or s_w.requires_grad):
+        return _Gate.apply(x, s_h, s_w, skip)
+    with _below_autograd():
+        return _gate(x, s_h, s_w, skip)
+
+
+class _Pool(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        with _below_autograd():
+            return _pool(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _pool_gradient(ctx, grad)
+
+
+class _Gate(Function):
+    @staticmethod
+    def forward(ctx, x, s_h, s_w, skip):
+        ctx.save_for_backward(x, s_h, s_w)
+        ctx.skip = skip
+        with _below_autograd():
+            return _gate(x, s_h, s_w, skip)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gate_gradients(ctx, grad)
+
+
+def _pool_gradient(ctx, grad):
+    (x,) = ctx.saved_tensors
+    if _is_grad_enabled() and not _is_compiling():
+        h, w = x.shape[2:]
+        rows, columns = torch.split(grad, [h, w], dim=2)
+        return rows / w + columns.transpose(2, 3) / h
+    with _below_autograd():
+        return _pool_backward(grad, x)
+
+
+def _gate_gradients(ctx, grad):
+    x, s_h, s_w = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    if _is_grad_enabled() and not _is_compiling():
+        alias = [t.view_as(t) for t in (x, s_h, s_w)]
+        wanted = [t for t, needed in zip(alias, need, strict=False) if needed]
+        out = reference.gate(*alias, ctx.skip)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        return (*(next(found) if needed else None for needed in need[:3]), None)
+    with _below_autograd():
+        dx, ds_h, ds_w = _gate_backward(grad, x, s_h, s_w, ctx.skip)
+    return dx if need[0] else None, ds_h if need[1] else None, ds_w if need[2] else None, None
+
+
+def _keep_for_gate_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.skip = inputs[3]
+
+
+# What the compiler must know --------------------------------------------------------------------------------------
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the kernels add up in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_attend(x, *parameters):
+    return torch.empty_like(x)
+
+
+def _fake_attend_out(x, *parameters, out):
+    return None
+
+
+def _fake_attend_train(x, w1, *parameters):
+    n, c, h, w = x.shape
+    m, rows = w1.shape[0], n * (h + w)
+    kept = ((rows, c), (rows, m), (rows, c), (m,), (m,))
+    return (torch.empty_like(x), *(x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for shape in kept))
+
+
+def _fake_attend_backward(
+    grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww, norm, activation, skip, needs
+):
+    scale = w1 if gamma is None else gamma
+    m, c = w1.shape[0], wh.shape[0]
+    like = ((x, None), (w1, None), (w1, m), (scale, m), (scale, m), (wh, None), (wh, c), (ww, None), (ww, c))
+    return tuple(
+        tensor.new_empty(0) if not needs >> bit & 1 else torch.empty_like(tensor) if size is None else tensor.new_empty(size)
+        for bit, (tensor, size) in enumerate(like)
+    )
+
+
+def _fake_pool(x):
+    n, c, h, w = x.shape
+    return x.new_empty((n, c, h + w, 1))
+
+
+def _fake_gate_backward(grad, x, s_h, s_w, skip):
+    return torch.empty_like(x), torch.empty_like(s_h), torch.empty_like(s_w)
+
+
+def _convolution_flops(x_shape, w1_shape, *args, out_shape=None, **kwargs) -> int:
+    """What FlopCounterMode counts for conv1, conv_h and conv_w."""
+    n, c, h, w = x_shape
+    return 4 * n * c * w1_shape[0] * (h + w)
+
+
+def _backward_flops(grad_shape, x_shape, pooled, squeezed, gates, mean, var, w1_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _convolution_flops(x_shape, w1_shape)
+
+
+def _register() -> None:
+    fakes = {
+        _attend: _fake_attend,
+        _attend_out: _fake_attend_out,
+        _attend_train: _fake_attend_train,
+        _attend_backward: _fake_attend_backward,
+        _update: lambda *args: None,
+        _pool: _fake_pool,
+        _pool_backward: lambda grad, x: torch.empty_like(x),
+        _gate: lambda x, *args: torch.empty_like(x),
+        _gate_backward: _fake_gate_backward,
+    }
+    for op, fake in fakes.items():
+        torch.library.register_fake(op, fake)
+    torch.library.register_autograd(_attend_train, _attend_train_backward, setup_context=_keep_for_backward)
+    torch.library.register_autograd(
+        _pool, _pool_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
+    )
+    torch.library.register_autograd(_gate, _gate_gradients, setup_context=_keep_for_gate_backward)
+    for op in (_lib.attend, _lib.attend_out, _lib.attend_train):
+        register_flop_formula(op)(_convolution_flops)
+    register_flop_formula(_lib.attend_backward)(_backward_flops)
+
+
+if LOADED:
+    _register()

@@ -1,0 +1,284 @@
+"""Which tier and backend a call takes, and why."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Hardswish, Identity, Module, Parameter, ReLU, ReLU6, SiLU
+from torch.nn.modules import module as hooks
+
+from coordatt_fast import library, ops
+from coordatt_fast.backends import AUTO, choice
+from coordatt_fast.reference import ACTIVATIONS
+
+FUSED, HYBRID, REFERENCE = "fused", "hybrid", "reference"
+
+CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
+ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu6": ReLU6}
+_CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
+
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_PLAIN = frozenset((Tensor, Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
+
+_is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
+_is_autocast_enabled = torch.is_autocast_enabled
+_functorch_level = torch._C._functorch.maybe_current_level
+_tracing_state = torch._C._get_tracing_state
+_float32 = torch.float32
+
+
+class Detour(NamedTuple):
+    """The tier of a call that is not fused, and why."""
+
+    tier: str
+    reason: str
+
+
+class Passes(NamedTuple):
+    """Reads and writes of tensors as large as the feature map."""
+
+    reads: int
+    writes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call of a CoordAtt runs.
+
+    tier: "fused", "hybrid" or "reference"; backend: "cpu" or "reference"; reason, in words; passes: over full-size
+    tensors, "forward" and, where a gradient is recorded, "backward"; bytes: what those passes move for this x.
+    """
+
+    tier: str
+    backend: str
+    reason: str
+    passes: dict[str, Passes]
+    bytes: int
+
+    def __str__(self) -> str:
+        passes = ", ".join(f"{name} {p.reads} reads and {p.writes} writes" for name, p in self.passes.items())
+        return f"{self.tier} tier, {self.backend} backend: {self.reason}\n{passes}; {self.bytes / 1e6:.3g} MB"
+
+
+def obstacle(x) -> str | None:
+    """Why no compiled operator can take a call on x, whatever else is in it; None when they can.
+
+    Raises ValueError for a tensor that is not [N, C, H, W], RuntimeError when a backend was chosen by name and
+    cannot serve the call.
+    """
+    if type(x) not in _PLAIN:
+        why = f"x is a {type(x).__name__}, not a plain tensor"
+    elif x.dim() != 4:
+        raise ValueError(f"x has shape {list(x.shape)}, expected four dimensions: [N, C, H, W]")
+    elif _functorch_level() is not None:
+        why = "inside a torch.func transform"
+    elif forward_ad._current_level >= 0:
+        why = "forward-mode AD"
+    elif _is_exporting() if _is_compiling() else _tracing_state() is not None:
+        why = "the call is exported or traced"
+    elif not x.is_cpu:
+        why = f"no backend for device {x.device.type} in this version"
+    elif x.dtype not in _DTYPES:
+        why = f"no kernel for {x.dtype}"
+    elif not ops.LOADED:
+        why = library.load().reason
+    elif choice.name == AUTO or choice.name == "cpu":
+        return None
+    elif choice.name == "reference":
+        why = "this backend was chosen"
+    else:
+        why = "not part of this version"
+    if choice.name not in (AUTO, "reference"):
+        raise RuntimeError(f"backend {choice.name!r} was chosen but cannot run this call: {why}")
+    return why
+
+
+def dtype_obstacle(x: Tensor, convolutions: dict[str, Tensor | None], normalisation: list[Tensor | None]) -> str | None:
+    """Why the fused tier leaves this mix of dtypes to the children; None when it does not.
+
+    Raises RuntimeError where plain PyTorch does: the convolutions in another dtype than x, outside autocast.
+    """
+    dtype = x.dtype
+    given = {name: tensor.dtype for name, tensor in convolutions.items() if tensor is not None}
+    kinds = set(given.values())
+    norms = {tensor.dtype for tensor in normalisation if tensor is not None}
+    if not _is_autocast_enabled("cpu"):
+        for name, kind in given.items():
+            if kind != dtype:
+                raise RuntimeError(f"x is {dtype} but {name} is {kind}: convert one of them, or call under torch.autocast")
+    elif dtype in (_float32, torch.float64):
+        if kinds != {dtype}:
+            return f"x is {dtype} and a convolution is not, under autocast"
+    elif dtype != torch.get_autocast_dtype("cpu"):
+        return f"x is {dtype}, autocast computes in {torch.get_autocast_dtype('cpu')}"
+    elif not kinds <= {dtype, _float32}:
+        return f"x is {dtype} and a convolution is in neither that nor float32"
+    if len(norms) > 1 or not norms <= {dtype, ops.accumulate_dtype(dtype)}:
+        return f"x is {dtype} and bn1 is in another dtype"
+    return None
+
+
+def functional_obstacle(x, affine: tuple, statistics: tuple, gates: tuple) -> str | None:
+    """Why a call of coord_att goes to the reference; None when it is fused. Raises as the module's call does."""
+    if why := obstacle(x):
+        return why
+    if not all(type(tensor) in _PLAIN_OR_NONE for tensor in (*affine, *statistics, *gates)):
+        return "a parameter is not a plain tensor"
+    if x.dtype is not _float32 or _is_autocast_enabled("cpu"):
+        convolutions = {"conv1_weight": affine[0], "conv1_bias": affine[1]}
+        convolutions |= dict(zip(("conv_h_weight", "conv_h_bias", "conv_w_weight", "conv_w_bias"), gates, strict=True))
+        return dtype_obstacle(x, convolutions, [*affine[2:], *statistics])
+    return None
+
+
+def _own(d: dict) -> bool:
+    """Whether a child, given its instance dictionary, does more in a call than its class says."""
+    return bool(
+        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"] or "forward" in d
+    )
+
+
+def _global_hooks() -> bool:
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def _pointwise(d: dict) -> bool:
+    return d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
+
+
+def special_pools(module: Module) -> bool:
+    """Whether the pool children have to be called: someone listens to them, or they are not the usual means."""
+    if _global_hooks():
+        return True
+    expected = {"pool_h": (None, 1), "pool_w": (1, None)}
+    children = (module._modules.get(name) for name in expected)
+    return any(
+        type(child) is not AdaptiveAvgPool2d or child.output_size != size or _own(child.__dict__)
+        for child, size in zip(children, expected.values(), strict=True)
+    )
+
+
+def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
+    """Whether ops.gate returns what x * sigmoid(s_w) * sigmoid(s_h) does: no other broadcasting, no promotion."""
+    n, c, h, w = x.shape
+    kinds = {torch.promote_types(x.dtype, s.dtype) for s in (s_h, s_w)}
+    plain = type(s_h) in _PLAIN and type(s_w) in _PLAIN
+    return plain and kinds == {x.dtype} and s_h.shape == (n, c, h, 1) and s_w.shape == (n, c, 1, w)
+
+
+def arguments(module: Module, x) -> tuple | Detour:
+    """What ops.attention takes after x when this call is fused; else which tier it takes, and why.
+
+    Every call passes here. It reads instance dictionaries: nn.Module.__getattr__ would cost more than the operator.
+    """
+    why = obstacle(x)
+    if why is not None:
+        return Detour(REFERENCE, why)
+    if _global_hooks():
+        return Detour(HYBRID, "there are global module hooks")
+    try:
+        return _fused_arguments(module, module._modules, x)
+    except KeyError as missing:
+        return Detour(HYBRID, f"no child, parameter or setting of the name {missing}")
+
+
+def _fused_arguments(module: Module, children: dict, x: Tensor) -> tuple | Detour:
+    for name in CHILDREN:
+        if _own(children[name].__dict__):
+            return Detour(HYBRID, f"{name} has hooks or a forward of its own")
+
+    conv1, conv_h, conv_w = children["conv1"], children["conv_h"], children["conv_w"]
+    if type(conv1) is not Conv2d or type(conv_h) is not Conv2d or type(conv_w) is not Conv2d:
+        return Detour(HYBRID, "conv1, conv_h or conv_w is not a plain nn.Conv2d")
+    conv1, conv_h, conv_w = conv1.__dict__, conv_h.__dict__, conv_w.__dict__
+    if not (_pointwise(conv1) and _pointwise(conv_h) and _pointwise(conv_w)):
+        return Detour(HYBRID, "conv1, conv_h or conv_w is not a 1x1 convolution")
+    if not conv1["in_channels"] == conv_h["out_channels"] == conv_w["out_channels"]:
+        return Detour(HYBRID, "input and output have different numbers of channels")
+    activation = _CODES.get(type(children["act"]))
+    if activation is None:
+        return Detour(HYBRID, f"no kernel for the activation {type(children['act']).__name__}")
+
+    w1, b1 = conv1["_parameters"]["weight"], conv1["_parameters"]["bias"]
+    wh, bh = conv_h["_parameters"]["weight"], conv_h["_parameters"]["bias"]
+    ww, bw = conv_w["_parameters"]["weight"], conv_w["_parameters"]["bias"]
+
+    bn1 = children["bn1"]
+    if type(bn1) is BatchNorm2d:
+        d = bn1.__dict__
+        gamma, beta = d["_parameters"]["weight"], d["_parameters"]["bias"]
+        buffers = d["_buffers"]
+        mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        eps, momentum = d["eps"], d["momentum"]
+        norm = ops.NORM_BATCH if d["training"] or mean is None else ops.NORM_GIVEN
+        update = d["training"] and d["track_running_stats"]
+    elif type(bn1) is Identity:
+        gamma = beta = mean = var = tracked = momentum = None
+        eps, norm, update = 0.0, ops.NORM_NONE, False
+    else:
+        return Detour(HYBRID, f"bn1 is a {type(bn1).__name__}")
+
+    if not (
+        type(w1) in _PLAIN
+        and type(wh) in _PLAIN
+        and type(ww) in _PLAIN
+        and type(b1) in _PLAIN_OR_NONE
+        and type(bh) in _PLAIN_OR_NONE
+        and type(bw) in _PLAIN_OR_NONE
+        and type(gamma) in _PLAIN_OR_NONE
+        and type(beta) in _PLAIN_OR_NONE
+        and type(mean) in _PLAIN_OR_NONE
+        and type(mean) is type(var)
+    ):
+        return Detour(HYBRID, "a parameter is not a plain tensor")
+    if x.dtype is not _float32 or _is_autocast_enabled("cpu"):
+        convolutions = {"conv1.weight": w1, "conv1.bias": b1, "conv_h.weight": wh, "conv_h.bias": bh}
+        convolutions |= {"conv_w.weight": ww, "conv_w.bias": bw}
+        if why := dtype_obstacle(x, convolutions, [gamma, beta, mean, var]):
+            return Detour(HYBRID, why)
+    if special_pools(module):
+        return Detour(HYBRID, "pool_h or pool_w is not the usual mean")
+
+    settings = module.__dict__
+    out = x if settings["inplace"] else None
+    return w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, settings["skip"], tracked, momentum, update, out
+
+
+def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
+    """Of the dispatched operators; docs/how-it-works.md derives them."""
+    if tier == FUSED:
+        return {"forward": Passes(2, 1), "backward": Passes(3, 1)}
+    reads, writes, back_reads, back_writes = (2, 1, 5, 3) if tier == HYBRID else (4, 2, 12, 8)
+    if tier == HYBRID and pools:
+        reads, writes, back_reads, back_writes = 3, 1, 7, 5
+    if tier == REFERENCE and skip:
+        reads, writes, back_reads, back_writes = reads + 2, writes + 1, back_reads + 2, back_writes + 1
+    return {"forward": Passes(reads, writes), "backward": Passes(back_reads, back_writes)}
+
+
+def explain(module: Module, x: Tensor) -> Plan:
+    """How module(x) would run now: in this grad mode, under this autocast and use_backend. Computes nothing.
+
+    module is a CoordAtt (TypeError otherwise); raises what the call itself would raise before computing.
+    """
+    if not set(CHILDREN) <= module._modules.keys():
+        raise TypeError(f"explain takes a CoordAtt, got a {type(module).__name__}")
+    found = arguments(module, x)
+    if type(found) is tuple:
+        tier, reason = FUSED, "every child is what the fused kernels compute"
+    else:
+        tier, reason = found
+    passes = _passes(tier, special_pools(module), module.skip)
+    if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))):
+        del passes["backward"]
+    moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
+    return Plan(tier, "reference" if tier == REFERENCE else "cpu", reason, passes, moved)
