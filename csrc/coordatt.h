@@ -1,0 +1,99 @@
+// What all backends share: the arguments of one call, free of torch. Strides are in elements.
+#pragma once
+
+#include <stdint.h>
+
+namespace coordatt {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Activation : int { hard_swish = 0, silu = 1, relu = 2, relu6 = 3 };
+enum class Norm : int { none = 0, given = 1, batch = 2 };
+
+// The feature map's sizes; M is the width of the squeezed middle.
+struct Shape {
+  int64_t n, c, h, w, m;
+  int64_t length() const { return h + w; }
+  int64_t rows() const { return n * (h + w); }
+};
+
+// A full-size tensor. nchw: every plane is dense (w stride 1, h stride W). nhwc: channels are dense and a row's
+// pixels evenly spaced (h stride W * pixel).
+struct Map {
+  void* data = nullptr;
+  int64_t image = 0;  // elements between images
+  int64_t step = 0;   // nchw: elements between channels; nhwc: between pixels
+};
+
+// A parameter, or its gradient: dense, in its own dtype; data is null where it is absent.
+struct Param {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct Params {
+  Param conv1_weight, conv1_bias;      // [M, C], [M]
+  Param bn_weight, bn_bias;            // [M]
+  Param mean, var;                     // [M], Norm::given
+  Param conv_h_weight, conv_h_bias;    // [C, M], [C]
+  Param conv_w_weight, conv_w_bias;    // [C, M], [C]
+  double eps = 0;
+};
+
+// What every call says.
+struct Call {
+  Shape shape;
+  DType dtype = DType::f32;  // of the full-size tensors
+  bool nhwc = false;
+  Norm norm = Norm::given;
+  Activation activation = Activation::hard_swish;
+  bool skip = false;
+  Params params;
+};
+
+// Kept between forward and backward, in the accumulate type (float64 for float64, else float32).
+// Rows: R = N * (H + W); row n*H + h first, then N*H + n*W + w.
+struct Saved {
+  void* pooled = nullptr;    // [R, C] row and column means
+  void* squeezed = nullptr;  // [R, M] conv1's output
+  void* gates = nullptr;     // [R, C] after the sigmoid
+  void* mean = nullptr;      // [M]
+  void* var = nullptr;       // [M] biased
+};
+
+struct ForwardArgs : Call {
+  Map x, out;
+  Saved saved;  // all null in inference
+};
+
+struct Gradients {
+  Map dx;  // null data: not wanted; the same holds for each parameter
+  Param conv1_weight, conv1_bias, bn_weight, bn_bias;
+  Param conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias;
+};
+
+struct BackwardArgs : Call {
+  Map grad, x;
+  Saved saved;
+  Gradients out;
+};
+
+// The pool pass alone and the gate pass alone, for modules whose middle runs elsewhere.
+struct PoolArgs : Call {
+  Map x;             // forward in, or dx out
+  void* pooled;      // [N, H+W, C] accumulate type: means, or their gradients
+};
+struct GateArgs : Call {
+  Map x, out;        // backward: out is dx
+  Map grad;          // backward only
+  void* gates;       // [R, C] accumulate type, after the sigmoid
+  void* dlogits;     // backward only: [R, C], gradient before the sigmoid
+};
+
+// How a backend runs tasks: body(context, begin, end) over [0, count) in contiguous chunks, one per thread.
+struct Threads {
+  int count;
+  void (*run)(int64_t count, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+};
+
+}  // namespace coordatt

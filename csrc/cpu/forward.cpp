@@ -1,0 +1,214 @@
+// Forward of a whole call: which pass runs on which piece, on which thread, in which order.
+#include "work.h"
+
+namespace coordatt {
+namespace {
+
+const Threads one_thread = {1, nullptr};
+
+PlaneArgs plane(const Call& call, const Piece& p, void* scratch) {
+  PlaneArgs a{};
+  a.h = call.shape.h;
+  a.w = call.shape.w;
+  a.c0 = p.c0;
+  a.c1 = p.c1;
+  a.skip = call.skip;
+  a.scratch = scratch;
+  return a;
+}
+
+void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
+  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w));
+  PlaneArgs a = plane(f, p, scratch.bytes(0));
+  a.x = at(f.x.data, p.image * f.x.image, dtype_bytes(f.dtype));
+  a.x_step = f.x.step;
+  a.pooled = pooled;
+  k.map[(int)f.dtype].pool[f.nhwc](a);
+}
+
+// The middle's second half for one piece (y -> gates) and the gate.
+void gate_piece(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Piece& p, const AxisRows& y,
+                const AxisRows& gates) {
+  const MixKernels& mix = mix_of(k, f.dtype);
+  AxpyArgs e{};
+  e.a_row = y.ld;
+  e.a_depth = 1;
+  e.ldb = f.shape.c;
+  e.ldo = gates.ld;
+  e.depth = f.shape.m;
+  e.c0 = p.c0;
+  e.c1 = p.c1;
+  e.sigmoid = true;
+  e.a = y.h; e.b = middle.expand_h; e.bias = middle.bias_h; e.out = gates.h; e.rows = f.shape.h;
+  mix.axpy(e);
+  e.a = y.w; e.b = middle.expand_w; e.bias = middle.bias_w; e.out = gates.w; e.rows = f.shape.w;
+  mix.axpy(e);
+  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w));
+  PlaneArgs a = plane(f, p, scratch.bytes(0));
+  int64_t bytes = dtype_bytes(f.dtype);
+  a.x = at(f.x.data, p.image * f.x.image, bytes);
+  a.x_step = f.x.step;
+  a.out = at(f.out.data, p.image * f.out.image, bytes);
+  a.out_step = f.out.step;
+  a.gates = gates;
+  k.map[(int)f.dtype].gate[f.nhwc](a);
+}
+
+// squeezed[r] = conv1(pooled[r]) for all rows, and y = act(norm(squeezed)) if y is not null (y may be squeezed).
+void squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, const void* pooled,
+             void* squeezed, void* y) {
+  const MixKernels& mix = mix_of(k, f.dtype);
+  int64_t bytes = acc_bytes(f.dtype), c = f.shape.c, m = f.shape.m, rows = f.shape.rows();
+  constexpr int64_t block = 16;
+  Threads t = worth(threads, 0.08 * (double)(rows * c * m));
+  run(t, (rows + block - 1) / block, [&](int64_t begin, int64_t end) {
+    int64_t r0 = begin * block, r1 = end * block < rows ? end * block : rows;
+    DotArgs d{};
+    d.a = at((void*)pooled, r0 * c, bytes); d.lda = c;
+    d.b = middle.conv1_weight; d.ldb = c;
+    d.bias = middle.conv1_bias;
+    d.out = at(squeezed, r0 * m, bytes); d.ldo = m;
+    d.rows = r1 - r0; d.cols = m; d.depth = c;
+    mix.dot(d);
+    if (!y) return;
+    Scratch scratch(act_scratch_bytes(m));
+    ActArgs a{};
+    a.z = d.out;
+    a.y = at(y, r0 * m, bytes);
+    a.scale = middle.scale;
+    a.shift = middle.shift;
+    a.rows = r1 - r0;
+    a.m = m;
+    a.activation = f.activation;
+    a.scratch = scratch.bytes(0);
+    mix.act(a);
+  });
+}
+
+// Images [first, first + count) of an inference call.
+void infer(const ForwardArgs& all, const Kernels& k, const Middle& middle, const Threads& threads, int64_t first,
+           int64_t count) {
+  ForwardArgs f = all;
+  int64_t size = dtype_bytes(f.dtype), bytes = acc_bytes(f.dtype);
+  f.shape.n = count;
+  f.x.data = at(f.x.data, first * f.x.image, size);
+  f.out.data = at(f.out.data, first * f.out.image, size);
+  const Shape& s = f.shape;
+  Scratch scratch(Scratch::round(s.rows() * s.c * bytes) * 2 + Scratch::round(s.rows() * s.m * bytes));
+  void* pooled = scratch.bytes(s.rows() * s.c * bytes);
+  void* gates = scratch.bytes(s.rows() * s.c * bytes);
+  void* y = scratch.bytes(s.rows() * s.m * bytes);
+  Pieces pieces(f, threads.count);
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pool_piece(f, k, pieces[i], image_rows(pooled, s, pieces[i].image, s.c, bytes));
+  });
+  squeeze(f, k, middle, threads, pooled, y, y);
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i)  // backwards: what was pooled last is still in cache
+      gate_piece(f, k, middle, pieces[i], image_rows(y, s, pieces[i].image, s.m, bytes),
+                 image_rows(gates, s, pieces[i].image, s.c, bytes));
+  });
+}
+
+void train(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads& threads) {
+  const Shape& s = f.shape;
+  const MixKernels& mix = mix_of(k, f.dtype);
+  int64_t bytes = acc_bytes(f.dtype);
+  Pieces pieces(f, threads.count);
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pool_piece(f, k, pieces[i], image_rows(f.saved.pooled, s, pieces[i].image, s.c, bytes));
+  });
+  squeeze(f, k, middle, threads, f.saved.pooled, f.saved.squeezed, nullptr);
+  if (f.norm == Norm::batch) {
+    NormArgs n{};
+    n.z = f.saved.squeezed;
+    n.mean = f.saved.mean;
+    n.var = f.saved.var;
+    n.rows = s.rows();
+    n.m = s.m;
+    mix.stats(n);
+    fold_norm(f, k, f.saved.mean, f.saved.var, middle.scale, middle.shift);
+  }
+  Scratch scratch(Scratch::round(s.rows() * s.m * bytes) + act_scratch_bytes(s.m));
+  ActArgs a{};
+  a.z = f.saved.squeezed;
+  a.y = scratch.bytes(s.rows() * s.m * bytes);
+  a.scale = middle.scale;
+  a.shift = middle.shift;
+  a.rows = s.rows();
+  a.m = s.m;
+  a.activation = f.activation;
+  a.scratch = scratch.bytes(0);
+  mix.act(a);
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i)
+      gate_piece(f, k, middle, pieces[i], image_rows(a.y, s, pieces[i].image, s.m, bytes),
+                 image_rows(f.saved.gates, s, pieces[i].image, s.c, bytes));
+  });
+}
+
+}  // namespace
+
+void forward(const ForwardArgs& f, const Threads& all_threads) {
+  const Kernels& k = kernels();
+  const Shape& s = f.shape;
+  int64_t m_bytes = Scratch::round(s.m * acc_bytes(f.dtype));
+  Scratch scratch(2 * m_bytes + Middle::scratch_bytes(f));
+  void *mean = nullptr, *var = nullptr;
+  if (f.norm == Norm::given) {
+    DType acc = f.dtype == DType::f64 ? DType::f64 : DType::f32;
+    mean = f.saved.mean ? f.saved.mean : scratch.bytes(m_bytes);
+    var = f.saved.var ? f.saved.var : scratch.bytes(m_bytes);
+    load_param(k, acc, f.params.mean, s.m, mean);
+    load_param(k, acc, f.params.var, s.m, var);
+  }
+  if (s.n * s.c * s.h * s.w == 0) return;
+  Middle middle(f, k, scratch, mean, var);
+  Threads threads = worth(all_threads, work_ns(f));
+  if (f.saved.pooled) return train(f, k, middle, threads);
+  int64_t t = threads.count, whole = s.n / t * t;
+  run(threads, whole, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) infer(f, k, middle, one_thread, i, 1);
+  });
+  if (whole < s.n) infer(f, k, middle, threads, whole, s.n - whole);
+}
+
+void pool(const PoolArgs& p, const Threads& all_threads) {
+  const Kernels& k = kernels();
+  Threads threads = worth(all_threads, work_ns(p));
+  Pieces pieces(p, threads.count);
+  int64_t bytes = acc_bytes(p.dtype), c = p.shape.c, length = p.shape.length();
+  ForwardArgs f{};
+  (Call&)f = p;
+  f.x = p.x;
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      void* image = at(p.pooled, pieces[i].image * length * c, bytes);
+      pool_piece(f, k, pieces[i], {image, at(image, p.shape.h * c, bytes), c});
+    }
+  });
+}
+
+void gate(const GateArgs& g, const Threads& all_threads) {
+  const Kernels& k = kernels();
+  Threads threads = worth(all_threads, work_ns(g));
+  Pieces pieces(g, threads.count);
+  int64_t size = dtype_bytes(g.dtype), bytes = acc_bytes(g.dtype);
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(plane_scratch_bytes(g.shape.h, g.shape.w));
+    for (int64_t i = begin; i < end; ++i) {
+      Piece p = pieces[i];
+      PlaneArgs a = plane(g, p, scratch.bytes(0));
+      a.x = at(g.x.data, p.image * g.x.image, size);
+      a.x_step = g.x.step;
+      a.out = at(g.out.data, p.image * g.out.image, size);
+      a.out_step = g.out.step;
+      a.gates = image_rows(g.gates, g.shape, p.image, g.shape.c, bytes);
+      k.map[(int)g.dtype].gate[g.nhwc](a);
+    }
+  });
+}
+
+}  // namespace coordatt

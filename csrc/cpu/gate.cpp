@@ -1,0 +1,227 @@
+// Gate: out = x * a_w * a_h (+ x). Backward (reduce): dlogits = a (1 - a) * sum of grad * x * the other gate.
+#include "tile.h"
+
+namespace coordatt {
+namespace COORDATT_LEVEL {
+namespace {
+
+// One nchw plane; the product is formed in the reference's order, (x * a_w) * a_h.
+template <int NV, bool SKIP, class X>
+COORDATT_INLINE void gate_plane(const X* x, X* out, int64_t height, int64_t width, const Acc<X>* gate_h, const Acc<X>* gate_w) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t last = (width - 1) / n * n;
+  Tail<A> tail(width - last);
+  auto part = [&](int64_t w, Vec<A> aw, Vec<A> ah, bool cut) __attribute__((always_inline)) {
+    Vec<A> v = cut ? load(x + w, tail) : load(x + w);
+    Vec<A> y = v * aw * ah;
+    if (SKIP) y += v;
+    if (cut) store(out + w, y, tail); else store(out + w, y);
+  };
+  if constexpr (NV > 0) {
+    Vec<A> aw[NV];
+    for (int j = 0; j < NV; ++j) aw[j] = load(gate_w + j * n);
+    for (int64_t h = 0; h < height; ++h, x += width, out += width) {
+      Vec<A> ah = splat(gate_h[h]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) part(j * n, aw[j], ah, j == NV - 1);
+    }
+  } else {
+    for (int64_t h = 0; h < height; ++h, x += width, out += width) {
+      Vec<A> ah = splat(gate_h[h]);
+      for (int64_t w = 0; w < last; w += n) part(w, load(gate_w + w), ah, false);
+      part(last, load(gate_w + last), ah, true);
+    }
+  }
+}
+
+template <bool SKIP, class X>
+COORDATT_INLINE void gate_nchw_as(const PlaneArgs& a) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t hp = padded(a.h), wp = padded(a.w);
+  A* gate_h = (A*)a.scratch;
+  A* gate_w = gate_h + n * hp;
+  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
+    for (int64_t c = a.c0; c < a.c1; c += n) {
+      int64_t count = min_of<int64_t>(n, a.c1 - c);
+      rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
+      rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
+      for (int64_t i = 0; i < count; ++i)
+        gate_plane<decltype(nv)::value, SKIP>((const X*)a.x + (c + i) * a.x_step, (X*)a.out + (c + i) * a.out_step, a.h, a.w,
+                                              gate_h + i * hp, gate_w + i * wp);
+    }
+  });
+}
+
+template <class X>
+void gate_nchw(const PlaneArgs& a) {
+  if (a.skip) gate_nchw_as<true, X>(a); else gate_nchw_as<false, X>(a);
+}
+
+template <class X>
+void gate_nhwc(const PlaneArgs& a) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t last = a.c0 + (a.c1 - a.c0 - 1) / n * n;
+  Tail<A> tail(a.c1 - last);
+  for (int64_t h = 0; h < a.h; ++h)
+    for (int64_t w = 0; w < a.w; ++w) {
+      int64_t pixel = h * a.w + w;
+      const X* x = (const X*)a.x + pixel * a.x_step;
+      X* out = (X*)a.out + pixel * a.out_step;
+      const A* ah = (const A*)a.gates.h + h * a.gates.ld;
+      const A* aw = (const A*)a.gates.w + w * a.gates.ld;
+      auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
+        Vec<A> v = load(x + c, cut...);
+        Vec<A> y = v * load(aw + c, cut...) * load(ah + c, cut...);
+        if (a.skip) y += v;
+        store(out + c, y, cut...);
+      };
+      for (int64_t c = a.c0; c < last; c += n) part(c);
+      part(last, tail);
+    }
+}
+
+// One nchw plane of grad and x: row_parts[h] = lane-wise sum of t * a_w, columns[w] = sum of t * a_h, with t = grad * x.
+template <int NV, class X>
+COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int64_t width, const Acc<X>* gate_h,
+                                  const Acc<X>* gate_w, Acc<X>* row_parts, Acc<X>* columns) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  constexpr int64_t ahead = prefetch_bytes / sizeof(X);
+  int64_t last = (width - 1) / n * n;
+  Tail<A> tail(width - last);
+  auto product = [&](int64_t w, bool cut) __attribute__((always_inline)) {
+    prefetch(grad + w + ahead);
+    prefetch(x + w + ahead);
+    return cut ? load(grad + w, tail) * load(x + w, tail) : load(grad + w) * load(x + w);
+  };
+  if constexpr (NV > 0) {
+    Vec<A> aw[NV], column[NV] = {};
+    for (int j = 0; j < NV; ++j) aw[j] = load(gate_w + j * n);
+    for (int64_t h = 0; h < height; ++h, x += width, grad += width) {
+      Vec<A> ah = splat(gate_h[h]), row = {};
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) {
+        Vec<A> t = product(j * n, j == NV - 1);
+        column[j] += t * ah;
+        row += t * aw[j];
+      }
+      store(row_parts + h * n, row);
+    }
+    for (int j = 0; j < NV; ++j) store(columns + j * n, column[j]);
+  } else {
+    for (int64_t h = 0; h < height; ++h, x += width, grad += width) {
+      Vec<A> ah = splat(gate_h[h]), row = {};
+      for (int64_t w = 0; w <= last; w += n) {
+        Vec<A> t = product(w, w == last);
+        row += t * load(gate_w + w);
+        store(columns + w, h ? load(columns + w) + t * ah : t * ah);
+      }
+      store(row_parts + h * n, row);
+    }
+  }
+}
+
+template <class V> COORDATT_INLINE V sigmoid_slope(V a) { return a * (1 - a); }
+
+template <class X>
+void reduce_nchw(const PlaneArgs& a) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t hp = padded(a.h), wp = padded(a.w);
+  A* gate_h = (A*)a.scratch;
+  A* gate_w = gate_h + n * hp;
+  A* rows = gate_w + n * wp;
+  A* columns = rows + n * hp;
+  A* parts = columns + n * wp;
+  auto slope = [&](A* sums, const A* gates, int64_t count) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += n) store(sums + i, load(sums + i) * sigmoid_slope(load(gates + i)));
+  };
+  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
+    for (int64_t c = a.c0; c < a.c1; c += n) {
+      int64_t count = min_of<int64_t>(n, a.c1 - c);
+      rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
+      rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
+      for (int64_t i = 0; i < count; ++i) {
+        reduce_plane<decltype(nv)::value>((const X*)a.grad + (c + i) * a.grad_step, (const X*)a.x + (c + i) * a.x_step, a.h,
+                                          a.w, gate_h + i * hp, gate_w + i * wp, parts, columns + i * wp);
+        sum_row_parts(parts, a.h, rows + i * hp);
+        slope(rows + i * hp, gate_h + i * hp, a.h);
+        slope(columns + i * wp, gate_w + i * wp, a.w);
+      }
+      tile_to_rows(rows, hp, a.h, count, A(1), (A*)a.dlogits.h + c, a.dlogits.ld);
+      tile_to_rows(columns, wp, a.w, count, A(1), (A*)a.dlogits.w + c, a.dlogits.ld);
+    }
+  });
+}
+
+// Channels [c, c + CV vectors), all pixels; CV 0: the tail's channels.
+template <int CV, class X>
+COORDATT_INLINE void reduce_channels(const PlaneArgs& a, int64_t c) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  constexpr bool partial = CV == 0;
+  constexpr int vectors = partial ? 1 : CV;
+  Tail<A> tail(partial ? a.c1 - c : 0);
+  auto get = [&](auto* p) __attribute__((always_inline)) { return partial ? load(p, tail) : load(p); };
+  auto put = [&](A* p, Vec<A> v) __attribute__((always_inline)) { if (partial) store(p, v, tail); else store(p, v); };
+  for (int64_t h = 0; h < a.h; ++h) {
+    Vec<A> ah[vectors], row[vectors] = {}, total[vectors] = {};
+    for (int j = 0; j < vectors; ++j) ah[j] = get((const A*)a.gates.h + h * a.gates.ld + c + j * n);
+    for (int64_t w0 = 0; w0 < a.w; w0 += 64) {  // as in the pool: partial sums of 64
+      for (int64_t w = w0; w < min_of<int64_t>(w0 + 64, a.w); ++w) {
+        int64_t pixel = h * a.w + w;
+        for (int j = 0; j < vectors; ++j) {
+          const X* x = (const X*)a.x + pixel * a.x_step + c + j * n;
+          const X* g = (const X*)a.grad + pixel * a.grad_step + c + j * n;
+          A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c + j * n;
+          Vec<A> t = get(g) * get(x);
+          row[j] += t * get((const A*)a.gates.w + w * a.gates.ld + c + j * n);
+          put(column, h ? get(column) + t * ah[j] : t * ah[j]);
+        }
+      }
+      for (int j = 0; j < vectors; ++j) {
+        total[j] += row[j];
+        row[j] = Vec<A>{};
+      }
+    }
+    for (int j = 0; j < vectors; ++j)
+      put((A*)a.dlogits.h + h * a.dlogits.ld + c + j * n, total[j] * sigmoid_slope(ah[j]));
+  }
+  for (int64_t w = 0; w < a.w; ++w)
+    for (int j = 0; j < vectors; ++j) {
+      A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c + j * n;
+      put(column, get(column) * sigmoid_slope(get((const A*)a.gates.w + w * a.gates.ld + c + j * n)));
+    }
+}
+
+template <class X>
+void reduce_nhwc(const PlaneArgs& a) {
+  constexpr int n = lanes<Acc<X>>;
+  int64_t c = a.c0;
+  for (; c + 4 * n <= a.c1; c += 4 * n) reduce_channels<4, X>(a, c);
+  for (; c + n <= a.c1; c += n) reduce_channels<1, X>(a, c);
+  if (c < a.c1) reduce_channels<0, X>(a, c);
+}
+
+template <class X>
+COORDATT_INLINE void add(MapKernels& k) {
+  k.gate[0] = gate_nchw<X>;
+  k.gate[1] = gate_nhwc<X>;
+  k.gate_reduce[0] = reduce_nchw<X>;
+  k.gate_reduce[1] = reduce_nhwc<X>;
+}
+
+}  // namespace
+
+void add_gate(Kernels& k) {
+  add<float>(k.map[(int)DType::f32]);
+  add<double>(k.map[(int)DType::f64]);
+  add<BFloat16>(k.map[(int)DType::bf16]);
+  add<Float16>(k.map[(int)DType::f16]);
+}
+
+}  // namespace COORDATT_LEVEL
+}  // namespace coordatt

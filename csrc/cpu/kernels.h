@@ -1,0 +1,140 @@
+// The kernels one SIMD level provides, and what they take. A kernel works on one image and a range of channels, or on
+// a block of rows of the middle; it never allocates, never starts threads, and its arithmetic for an element does not
+// depend on the range it was given, so any split over threads gives the same bits.
+#pragma once
+
+#include <stdint.h>
+
+#include "coordatt.h"
+
+namespace coordatt {
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+// Rows of the middle that belong to one image: h rows, then w rows, ld elements apart, channels dense.
+struct AxisRows {
+  void* h = nullptr;
+  void* w = nullptr;
+  int64_t ld = 0;
+};
+
+// Pool, gate and their backward passes: one image, channels [c0, c1).
+struct PlaneArgs {
+  int64_t h, w, c0, c1;
+  const void* x = nullptr;    // image base
+  const void* grad = nullptr;
+  void* out = nullptr;
+  int64_t x_step = 0, grad_step = 0, out_step = 0;  // as Map::step
+  AxisRows pooled;   // pool: written; spread: read (their gradients)
+  AxisRows gates;    // read
+  AxisRows dlogits;  // gate_reduce: written
+  bool skip = false;
+  void* scratch = nullptr;  // plane_scratch_bytes(h, w)
+};
+
+// Out[r, m] = sum over c of a[r, c] * b[m, c] (+ bias[m]); r in [0, rows), m in [0, cols), c in [0, depth).
+struct DotArgs {
+  const void* a; int64_t lda;
+  const void* b; int64_t ldb;
+  const void* bias;  // or null
+  void* out; int64_t ldo;
+  int64_t rows, cols, depth;
+};
+
+// Out[i, c] (+)= sum over k of a[i * a_row + k * a_depth] * b[k, c] (+ bias[c]), then the sigmoid if asked; c in [c0, c1).
+struct AxpyArgs {
+  const void* a; int64_t a_row, a_depth;
+  const void* b; int64_t ldb;
+  const void* bias;  // or null
+  void* out; int64_t ldo;
+  int64_t rows, depth, c0, c1;
+  bool sigmoid, accumulate;
+};
+
+// y = activation(scale * z + shift) over [rows, M]; backward also takes dy and gives du and the sums BN needs.
+struct ActArgs {
+  const void* z;
+  const void* scale; const void* shift;  // [M]
+  void* y;                               // or null
+  void* dy;                              // backward: in dy, out du
+  const void* mean;                      // backward: [M]
+  double* sum_du; double* sum_du_dev;    // backward: [M] each, added to: sums of du and of du * (z - mean)
+  int64_t rows, m;
+  Activation activation;
+  void* scratch;                         // act_scratch_bytes(m)
+};
+
+// Batch statistics of z [rows, M]: mean and biased variance, summed in double.
+// Backward through the normalisation: du -> dz = scale * du - offset - (z - mean) * slope, in place.
+struct NormArgs {
+  const void* z;
+  void* mean; void* var;  // stats: written; backward: mean read
+  void* du;               // backward
+  const void* scale; const void* offset; const void* slope;  // backward: [M]
+  int64_t rows, m;
+};
+
+// What depends on the stored type.
+struct MapKernels {
+  void (*pool[2])(const PlaneArgs&);         // [0] nchw, [1] nhwc
+  void (*gate[2])(const PlaneArgs&);         // x, gates -> out
+  void (*gate_reduce[2])(const PlaneArgs&);  // grad, x, gates -> dlogits
+  void (*spread[2])(const PlaneArgs&);       // grad, gates, pooled -> out (dx); grad null: only the pooling's part
+  void (*to_acc)(const void* from, void* to, int64_t count);
+  void (*from_acc)(const void* from, void* to, int64_t count);
+};
+
+// What depends on the accumulate type.
+struct MixKernels {
+  void (*dot)(const DotArgs&);
+  void (*axpy)(const AxpyArgs&);
+  void (*act)(const ActArgs&);
+  void (*act_backward)(const ActArgs&);
+  void (*stats)(const NormArgs&);
+  void (*norm_backward)(const NormArgs&);
+  void (*sigmoid)(void* data, int64_t count);
+  void (*sum_rows)(const void* a, int64_t lda, int64_t rows, int64_t c0, int64_t c1, void* out);  // out[c] = sum over rows
+  void (*transpose)(const void* a, int64_t lda, int64_t rows, int64_t cols, void* out, int64_t ldo);  // out[c, r] = a[r, c]
+};
+
+struct Kernels {
+  const char* level;
+  MapKernels map[4];   // by DType
+  MixKernels mix[2];   // float, double
+};
+
+constexpr int64_t max_lanes = 16;
+inline int64_t padded(int64_t a) { return (a + max_lanes - 1) / max_lanes * max_lanes; }
+
+// Two tiles of lanes x (H + W) and the row partial sums of a plane.
+inline int64_t plane_scratch_bytes(int64_t h, int64_t w) {
+  return (2 * max_lanes * (padded(h) + padded(w)) + 2 * padded(h) * max_lanes) * 8;
+}
+inline int64_t act_scratch_bytes(int64_t m) { return 5 * m * max_lanes * 8; }
+
+#define COORDATT_DECLARE_LEVEL(level)                     \
+  namespace level {                                       \
+  void add_pool(Kernels&);                                \
+  void add_mix(Kernels&);                                 \
+  void add_gate(Kernels&);                                \
+  }
+COORDATT_DECLARE_LEVEL(baseline)
+COORDATT_DECLARE_LEVEL(avx2)
+COORDATT_DECLARE_LEVEL(avx512)
+COORDATT_DECLARE_LEVEL(neon)
+
+// dispatch.cpp: the level in use; set_level("") is automatic and returns null, or says why a level cannot be had.
+const Kernels& kernels();
+const char* set_level(const char* name);
+const char* compiled_levels();
+
+// Forward and backward of a whole call (forward.cpp, backward.cpp), and the two passes alone.
+void forward(const ForwardArgs&, const Threads&);
+void backward(const BackwardArgs&, const Threads&);
+void pool(const PoolArgs&, const Threads&);
+void pool_backward(const PoolArgs&, const Threads&);
+void gate(const GateArgs&, const Threads&);
+void gate_backward(const GateArgs&, const Threads&);
+
+}  // namespace coordatt

@@ -1,0 +1,281 @@
+// Pool: x -> row and column means. Backward (spread): dx = grad * a_h * a_w + dp_h / W + dp_w / H.
+#include "tile.h"
+
+namespace coordatt {
+namespace COORDATT_LEVEL {
+namespace {
+
+// One nchw plane: row_parts[h] = lane-wise sum of row h, columns[w] = sum over h. NV vectors a row, 0 for any number.
+template <int NV, class X>
+COORDATT_INLINE void pool_plane(const X* x, int64_t height, int64_t width, Acc<X>* row_parts, Acc<X>* columns) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  constexpr int64_t ahead = prefetch_bytes / sizeof(X);
+  if constexpr (NV > 0) {
+    Tail<A> tail(width - (NV - 1) * n);
+    Vec<A> column[NV] = {};
+    for (int64_t h = 0; h < height; ++h, x += width) {
+      Vec<A> row = {};
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) {
+        prefetch(x + j * n + ahead);
+        Vec<A> v = j == NV - 1 ? load(x + j * n, tail) : load(x + j * n);
+        column[j] += v;
+        row = j ? row + v : v;
+      }
+      store(row_parts + h * n, row);
+    }
+    for (int j = 0; j < NV; ++j) store(columns + j * n, column[j]);
+  } else {
+    int64_t full = width / n * n;
+    Tail<A> tail(width - full);
+    auto rows = [&](auto count, int64_t h) __attribute__((always_inline)) {
+      constexpr int HB = decltype(count)::value;
+      const X* p = x + h * width;
+      Vec<A> row[HB] = {};
+      for (int64_t w = 0; w <= full; w += n) {
+        if (w == full && tail.k == 0) break;
+        Vec<A> sum = {};
+        for (int r = 0; r < HB; ++r) {
+          prefetch(p + r * width + w + ahead);
+          Vec<A> v = w == full ? load(p + r * width + w, tail) : load(p + r * width + w);
+          row[r] += v;
+          sum = r ? sum + v : v;
+        }
+        store(columns + w, h ? load(columns + w) + sum : sum);
+      }
+      for (int r = 0; r < HB; ++r) store(row_parts + (h + r) * n, row[r]);
+    };
+    int64_t h = 0;
+    for (; h + 4 <= height; h += 4) rows(std::integral_constant<int, 4>(), h);
+    for (; h < height; ++h) rows(std::integral_constant<int, 1>(), h);
+  }
+}
+
+template <class X>
+void pool_nchw(const PlaneArgs& a) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t hp = padded(a.h), wp = padded(a.w);
+  A* rows = (A*)a.scratch;
+  A* columns = rows + n * hp;
+  A* parts = columns + n * wp;
+  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
+    for (int64_t c = a.c0; c < a.c1; c += n) {
+      int64_t count = min_of<int64_t>(n, a.c1 - c);
+      for (int64_t i = 0; i < count; ++i) {
+        pool_plane<decltype(nv)::value>((const X*)a.x + (c + i) * a.x_step, a.h, a.w, parts, columns + i * wp);
+        sum_row_parts(parts, a.h, rows + i * hp);
+      }
+      tile_to_rows(rows, hp, a.h, count, (A)(A(1) / (A)a.w), (A*)a.pooled.h + c, a.pooled.ld);
+      tile_to_rows(columns, wp, a.w, count, (A)(A(1) / (A)a.h), (A*)a.pooled.w + c, a.pooled.ld);
+    }
+  });
+}
+
+// Channels [c, c + CV vectors) of HB rows of pixels.
+template <int HB, int CV, class X>
+COORDATT_INLINE void pool_pixels(const PlaneArgs& a, int64_t h, int64_t c, const Tail<Acc<X>>& tail) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  constexpr bool partial = CV == 0;  // one vector, of tail.k channels
+  constexpr int vectors = partial ? 1 : CV;
+  Vec<A> row[HB][vectors] = {}, total[HB][vectors] = {};
+  for (int64_t w0 = 0; w0 < a.w; w0 += 64) {  // partial sums of 64 keep the rounding error of wide rows down
+    for (int64_t w = w0; w < min_of<int64_t>(w0 + 64, a.w); ++w) {
+      A* column = (A*)a.pooled.w + w * a.pooled.ld + c;
+      for (int j = 0; j < vectors; ++j) {
+        Vec<A> sum = {};
+        for (int r = 0; r < HB; ++r) {
+          const X* p = (const X*)a.x + ((h + r) * a.w + w) * a.x_step + c + j * n;
+          Vec<A> v = partial ? load(p, tail) : load(p);
+          row[r][j] += v;
+          sum = r ? sum + v : v;
+        }
+        if (h) sum = sum + (partial ? load(column, tail) : load(column + j * n));
+        if (partial) store(column, sum, tail); else store(column + j * n, sum);
+      }
+    }
+    for (int r = 0; r < HB; ++r)
+      for (int j = 0; j < vectors; ++j) {
+        total[r][j] += row[r][j];
+        row[r][j] = Vec<A>{};
+      }
+  }
+  A scale = A(1) / (A)a.w;
+  for (int r = 0; r < HB; ++r)
+    for (int j = 0; j < vectors; ++j) {
+      A* to = (A*)a.pooled.h + (h + r) * a.pooled.ld + c + j * n;
+      if (partial) store(to, total[r][j] * scale, tail); else store(to, total[r][j] * scale);
+    }
+}
+
+template <int CV, class X>
+COORDATT_INLINE void pool_channels(const PlaneArgs& a, int64_t c) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  constexpr int HB = COORDATT_VBYTES == 64 ? 4 : 2;
+  Tail<A> tail(CV ? 0 : a.c1 - c);
+  int64_t h = 0;
+  for (; h + HB <= a.h; h += HB) pool_pixels<HB, CV, X>(a, h, c, tail);
+  for (; h < a.h; ++h) pool_pixels<1, CV, X>(a, h, c, tail);
+  A scale = A(1) / (A)a.h;
+  for (int64_t w = 0; w < a.w; ++w) {
+    A* column = (A*)a.pooled.w + w * a.pooled.ld + c;
+    if (CV == 0) store(column, load(column, tail) * scale, tail);
+    for (int j = 0; j < CV; ++j) store(column + j * n, load(column + j * n) * scale);
+  }
+}
+
+template <class X>
+void pool_nhwc(const PlaneArgs& a) {
+  constexpr int n = lanes<Acc<X>>;
+  constexpr int CV = COORDATT_VBYTES == 64 ? 4 : 2;
+  int64_t c = a.c0;
+  for (; c + CV * n <= a.c1; c += CV * n) pool_channels<CV, X>(a, c);
+  for (; c + n <= a.c1; c += n) pool_channels<1, X>(a, c);
+  if (c < a.c1) pool_channels<0, X>(a, c);
+}
+
+// One nchw plane of dx. grad may be null: then only the pooling's part.
+template <int NV, bool GRAD, class X>
+COORDATT_INLINE void spread_plane(const X* grad, X* dx, int64_t height, int64_t width, const Acc<X>* gate_h,
+                                  const Acc<X>* gate_w, const Acc<X>* pooled_h, const Acc<X>* pooled_w, bool skip) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  constexpr int64_t ahead = prefetch_bytes / sizeof(X);
+  int64_t last = (width - 1) / n * n;
+  Tail<A> tail(width - last);
+  auto part = [&](int64_t w, Vec<A> aw, Vec<A> pw, Vec<A> ah, Vec<A> ph, bool cut) __attribute__((always_inline)) {
+    Vec<A> v = pw + ph;
+    if (GRAD) {
+      prefetch(grad + w + ahead);
+      Vec<A> g = cut ? load(grad + w, tail) : load(grad + w);
+      v += g * aw * ah;
+      if (skip) v += g;
+    }
+    if (cut) store(dx + w, v, tail); else store(dx + w, v);
+  };
+  if constexpr (NV > 0) {
+    Vec<A> aw[NV], pw[NV];
+    for (int j = 0; j < NV; ++j) {
+      if (GRAD) aw[j] = load(gate_w + j * n);
+      pw[j] = load(pooled_w + j * n);
+    }
+    for (int64_t h = 0; h < height; ++h, grad += width, dx += width) {
+      Vec<A> ah = splat(GRAD ? gate_h[h] : A(0)), ph = splat(pooled_h[h]);
+#pragma GCC unroll 8
+      for (int j = 0; j < NV; ++j) part(j * n, aw[j], pw[j], ah, ph, j == NV - 1);
+    }
+  } else {
+    for (int64_t h = 0; h < height; ++h, grad += width, dx += width) {
+      Vec<A> ah = splat(GRAD ? gate_h[h] : A(0)), ph = splat(pooled_h[h]);
+      for (int64_t w = 0; w < last; w += n)
+        part(w, GRAD ? load(gate_w + w) : Vec<A>{}, load(pooled_w + w), ah, ph, false);
+      part(last, GRAD ? load(gate_w + last) : Vec<A>{}, load(pooled_w + last), ah, ph, true);
+    }
+  }
+}
+
+template <bool GRAD, class X>
+COORDATT_INLINE void spread_nchw_as(const PlaneArgs& a) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t hp = padded(a.h), wp = padded(a.w);
+  A* gate_h = (A*)a.scratch;
+  A* gate_w = gate_h + n * hp;
+  A* pooled_h = gate_w + n * wp;
+  A* pooled_w = pooled_h + n * hp;
+  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
+    for (int64_t c = a.c0; c < a.c1; c += n) {
+      int64_t count = min_of<int64_t>(n, a.c1 - c);
+      if (GRAD) {
+        rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
+        rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
+      }
+      rows_to_tile<A>((const A*)a.pooled.h + c, a.pooled.ld, a.h, count, A(1) / (A)a.w, pooled_h, hp);
+      rows_to_tile<A>((const A*)a.pooled.w + c, a.pooled.ld, a.w, count, A(1) / (A)a.h, pooled_w, wp);
+      for (int64_t i = 0; i < count; ++i)
+        spread_plane<decltype(nv)::value, GRAD>((const X*)a.grad + (c + i) * a.grad_step, (X*)a.out + (c + i) * a.out_step,
+                                                a.h, a.w, gate_h + i * hp, gate_w + i * wp, pooled_h + i * hp,
+                                                pooled_w + i * wp, a.skip);
+    }
+  });
+}
+
+template <class X>
+void spread_nchw(const PlaneArgs& a) {
+  if (a.grad) spread_nchw_as<true, X>(a); else spread_nchw_as<false, X>(a);
+}
+
+template <class X>
+void spread_nhwc(const PlaneArgs& a) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  constexpr int64_t ahead = prefetch_bytes / sizeof(X);
+  int64_t last = a.c0 + (a.c1 - a.c0 - 1) / n * n;
+  Tail<A> tail(a.c1 - last);
+  A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.h;
+  for (int64_t h = 0; h < a.h; ++h)
+    for (int64_t w = 0; w < a.w; ++w) {
+      int64_t pixel = h * a.w + w;
+      X* dx = (X*)a.out + pixel * a.out_step;
+      const A* ph = (const A*)a.pooled.h + h * a.pooled.ld;
+      const A* pw = (const A*)a.pooled.w + w * a.pooled.ld;
+      const X* g = (const X*)a.grad + pixel * a.grad_step;
+      const A* ah = (const A*)a.gates.h + h * a.gates.ld;
+      const A* aw = (const A*)a.gates.w + w * a.gates.ld;
+      auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
+        Vec<A> v = load(ph + c, cut...) * by_w + load(pw + c, cut...) * by_h;
+        if (a.grad) {
+          prefetch(g + c + ahead);
+          Vec<A> gv = load(g + c, cut...);
+          v += gv * load(aw + c, cut...) * load(ah + c, cut...);
+          if (a.skip) v += gv;
+        }
+        store(dx + c, v, cut...);
+      };
+      for (int64_t c = a.c0; c < last; c += n) part(c);
+      part(last, tail);
+    }
+}
+
+template <class X>
+void to_acc(const void* from, void* to, int64_t count) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) store((A*)to + i, load((const X*)from + i));
+  if (i < count) { Tail<A> tail(count - i); store((A*)to + i, load((const X*)from + i, tail), tail); }
+}
+
+template <class X>
+void from_acc(const void* from, void* to, int64_t count) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) store((X*)to + i, load((const A*)from + i));
+  if (i < count) { Tail<A> tail(count - i); store((X*)to + i, load((const A*)from + i, tail), tail); }
+}
+
+template <class X>
+COORDATT_INLINE void add(MapKernels& k) {
+  k.pool[0] = pool_nchw<X>;
+  k.pool[1] = pool_nhwc<X>;
+  k.spread[0] = spread_nchw<X>;
+  k.spread[1] = spread_nhwc<X>;
+  k.to_acc = to_acc<X>;
+  k.from_acc = from_acc<X>;
+}
+
+}  // namespace
+
+void add_pool(Kernels& k) {
+  add<float>(k.map[(int)DType::f32]);
+  add<double>(k.map[(int)DType::f64]);
+  add<BFloat16>(k.map[(int)DType::bf16]);
+  add<Float16>(k.map[(int)DType::f16]);
+}
+
+}  // namespace COORDATT_LEVEL
+}  // namespace coordatt

@@ -1,0 +1,145 @@
+#include "work.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <new>
+
+namespace coordatt {
+namespace {
+
+constexpr int64_t kept_limit = 16 << 20;  // a larger buffer goes back to the system after the call
+
+struct Buffer {
+  char* data = nullptr;
+  int64_t size = 0, used = 0, wanted = 0;
+  ~Buffer() { free(data); }
+};
+thread_local Buffer buffer;
+
+bool poison() {
+  static const bool on = [] {
+    const char* e = getenv("COORDATT_FAST_POISON");
+    return e && *e && strcmp(e, "0") != 0;
+  }();
+  return on;
+}
+
+void* aligned(int64_t size) {
+  void* p = aligned_alloc(64, (size_t)Scratch::round(size));
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+
+}  // namespace
+
+Scratch::Scratch(int64_t bytes) : size_(round(bytes)) {
+  if (buffer.wanted < buffer.used + size_) buffer.wanted = buffer.used + size_;
+  if (buffer.used == 0 && buffer.size < buffer.wanted && size_ <= kept_limit) {
+    free(buffer.data);
+    buffer.data = nullptr;
+    buffer.size = 0;
+    int64_t size = buffer.wanted < kept_limit ? buffer.wanted : kept_limit;
+    buffer.data = (char*)aligned(size);
+    buffer.size = size;
+  }
+  kept_ = buffer.used + size_ <= buffer.size;
+  base_ = kept_ ? buffer.data + buffer.used : (char*)aligned(size_);
+  if (kept_) buffer.used += size_;
+  at_ = base_;
+  if (poison()) memset(base_, 0xff, (size_t)size_);  // all ones is a NaN in every type used
+}
+
+Scratch::~Scratch() {
+  if (kept_) buffer.used -= size_;
+  else free(base_);
+}
+
+Pieces::Pieces(const Call& call, int threads)
+    : images_(call.shape.n), groups_(1), width_(call.shape.c), channels_(call.shape.c) {
+  int64_t n = images_, c = channels_;
+  if (threads <= 1 || n % threads == 0 || n >= 8 * threads || n == 0) return;
+  // Vectors run along channels in nhwc, along rows in nchw, where any cut will do.
+  int64_t least = call.nhwc ? max_lanes : 4;
+  int64_t want = 2 * threads, most = (c + least - 1) / least;
+  groups_ = want < most ? want : most;
+  width_ = (c + groups_ - 1) / groups_;
+  width_ = (width_ + least - 1) / least * least;
+  groups_ = (c + width_ - 1) / width_;
+}
+
+double work_ns(const Call& call) {
+  const Shape& s = call.shape;
+  return 0.2 * (double)(s.n * s.c * s.h * s.w) + (double)(s.rows() * s.c) * (1.5 + 0.1 * (double)s.m);
+}
+
+Threads worth(const Threads& threads, double nanoseconds) {
+  Threads t = threads;
+  if (nanoseconds < 10000) t.count = 1;
+  return t;
+}
+
+AxisRows image_rows(void* base, const Shape& s, int64_t image, int64_t width, int64_t bytes) {
+  AxisRows r;
+  r.h = at(base, image * s.h * width, bytes);
+  r.w = at(base, (s.n * s.h + image * s.w) * width, bytes);
+  r.ld = width;
+  return r;
+}
+
+void load_param(const Kernels& k, DType acc, const Param& p, int64_t count, void* to) {
+  if (p.dtype == acc) memcpy(to, p.data, (size_t)(count * dtype_bytes(acc)));
+  else k.map[(int)p.dtype].to_acc(p.data, to, count);
+}
+
+template <class A>
+static void fold(const Call& call, const Kernels& k, const A* mean, const A* var, A* scale, A* shift) {
+  int64_t m = call.shape.m;
+  DType acc = call.dtype == DType::f64 ? DType::f64 : DType::f32;
+  if (call.params.bn_weight) load_param(k, acc, call.params.bn_weight, m, scale);
+  else for (int64_t i = 0; i < m; ++i) scale[i] = 1;
+  if (call.params.bn_bias) load_param(k, acc, call.params.bn_bias, m, shift);
+  else for (int64_t i = 0; i < m; ++i) shift[i] = 0;
+  if (!mean) return;
+  for (int64_t i = 0; i < m; ++i) {
+    scale[i] *= A(1) / (A)sqrt(var[i] + (A)call.params.eps);
+    shift[i] -= mean[i] * scale[i];
+  }
+}
+
+void fold_norm(const Call& call, const Kernels& k, const void* mean, const void* var, void* scale, void* shift) {
+  if (call.dtype == DType::f64) fold(call, k, (const double*)mean, (const double*)var, (double*)scale, (double*)shift);
+  else fold(call, k, (const float*)mean, (const float*)var, (float*)scale, (float*)shift);
+}
+
+int64_t Middle::scratch_bytes(const Call& call) {
+  int64_t c = call.shape.c, m = call.shape.m;
+  return (5 * m * c + 2 * c + 3 * m) * acc_bytes(call.dtype) + 10 * 64;
+}
+
+Middle::Middle(const Call& call, const Kernels& k, Scratch& scratch, const void* mean, const void* var) {
+  const Params& p = call.params;
+  int64_t c = call.shape.c, m = call.shape.m, bytes = acc_bytes(call.dtype);
+  DType acc = call.dtype == DType::f64 ? DType::f64 : DType::f32;
+  const MixKernels& mix = mix_of(k, call.dtype);
+  auto dense = [&](const Param& param, int64_t count) -> void* {
+    if (!param || param.dtype == acc) return param.data;
+    void* to = scratch.bytes(count * bytes);
+    load_param(k, acc, param, count, to);
+    return to;
+  };
+  conv1_weight = dense(p.conv1_weight, m * c);
+  conv1_bias = dense(p.conv1_bias, m);
+  bias_h = dense(p.conv_h_bias, c);
+  bias_w = dense(p.conv_w_bias, c);
+  expand_h = scratch.bytes(m * c * bytes);
+  expand_w = scratch.bytes(m * c * bytes);
+  mix.transpose(dense(p.conv_h_weight, m * c), m, c, m, expand_h, c);
+  mix.transpose(dense(p.conv_w_weight, m * c), m, c, m, expand_w, c);
+  scale = scratch.bytes(m * bytes);
+  shift = scratch.bytes(m * bytes);
+  fold_norm(call, k, mean, var, scale, shift);
+}
+
+}  // namespace coordatt

@@ -1,0 +1,90 @@
+// How a call is cut into tasks and where its scratch memory comes from.
+#pragma once
+
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace coordatt {
+
+// Scratch memory from a buffer the thread keeps (a fresh one would be paid for in page faults), stacked where calls
+// nest. Pieces are 64-byte aligned and live until the Scratch goes.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* bytes(int64_t count) {
+    void* p = at_;
+    at_ += round(count);
+    return p;
+  }
+  static int64_t round(int64_t count) { return (count + 63) / 64 * 64; }
+
+ private:
+  char* base_;
+  char* at_;
+  int64_t size_;
+  bool kept_;
+};
+
+// A range of channels of one image.
+struct Piece {
+  int64_t image, c0, c1;
+};
+
+// Cuts the map into images, and images into channel groups where there are fewer images than threads can share evenly.
+class Pieces {
+ public:
+  Pieces(const Call& call, int threads);
+  int64_t count() const { return images_ * groups_; }
+  Piece operator[](int64_t i) const {
+    int64_t g = i % groups_, c0 = g * width_;
+    return {i / groups_, c0, c0 + width_ < channels_ ? c0 + width_ : channels_};
+  }
+
+ private:
+  int64_t images_, groups_, width_, channels_;
+};
+
+template <class F>
+void run(const Threads& threads, int64_t count, const F& body) {
+  if (count <= 0) return;
+  if (threads.count <= 1 || count == 1) return body(int64_t(0), count);
+  threads.run(count, [](void* f, int64_t begin, int64_t end) { (*(const F*)f)(begin, end); }, (void*)&body);
+}
+
+inline int64_t acc_bytes(DType t) { return t == DType::f64 ? 8 : 4; }
+inline int64_t dtype_bytes(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+inline const MixKernels& mix_of(const Kernels& k, DType t) { return k.mix[t == DType::f64 ? 1 : 0]; }
+inline char* at(void* base, int64_t elements, int64_t bytes) { return (char*)base + elements * bytes; }
+
+// A rough estimate of a pass over the map and its middle on one thread.
+double work_ns(const Call&);
+
+// Fewer threads for a call too small to repay waking them.
+Threads worth(const Threads& threads, double nanoseconds);
+
+// Rows of one image in a buffer of all rows (DESIGN: n*H + h, then N*H + n*W + w), `width` elements a row.
+AxisRows image_rows(void* base, const Shape& s, int64_t image, int64_t width, int64_t bytes);
+
+// The parameters in the accumulate type, prepared once per call from the caller's scratch.
+struct Middle {
+  void* conv1_weight;              // [M, C]
+  void* conv1_bias;                // [M] or null
+  void* scale; void* shift;        // [M] the normalisation as u = scale * z + shift
+  void* expand_h; void* expand_w;  // [M, C]: conv_h and conv_w, transposed
+  void* bias_h; void* bias_w;      // [C] or null
+  static int64_t scratch_bytes(const Call&);
+  // mean, var: in the accumulate type; null without normalisation or while they are not known.
+  Middle(const Call&, const Kernels&, Scratch&, const void* mean, const void* var);
+};
+
+// scale and shift from statistics; mean and var as above.
+void fold_norm(const Call&, const Kernels&, const void* mean, const void* var, void* scale, void* shift);
+
+// Copies a parameter into the accumulate type.
+void load_param(const Kernels&, DType acc, const Param&, int64_t count, void* to);
+
+}  // namespace coordatt
