@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Hardswish, Identity, Module, Parameter, ReLU, ReLU6, SiLU
-from torch.nn.modules import module as hooks
+from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
+from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks as _hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from coordatt_fast import library, ops
 from coordatt_fast.backends import AUTO, choice
+from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
 from coordatt_fast.reference import ACTIVATIONS
 
 FUSED, HYBRID, REFERENCE = "fused", "hybrid", "reference"
@@ -135,36 +139,21 @@ def functional_obstacle(x, affine: tuple, statistics: tuple, gates: tuple) -> st
     return None
 
 
-def _own(d: dict) -> bool:
-    """Whether a child, given its instance dictionary, does more in a call than its class says."""
-    return bool(
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"] or "forward" in d
-    )
-
-
-def _global_hooks() -> bool:
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
-
-
 def _pointwise(d: dict) -> bool:
     return d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
 
 
 def special_pools(module: Module) -> bool:
     """Whether the pool children have to be called: someone listens to them, or they are not the usual means."""
-    if _global_hooks():
+    if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return True
-    expected = {"pool_h": (None, 1), "pool_w": (1, None)}
-    children = (module._modules.get(name) for name in expected)
-    return any(
-        type(child) is not AdaptiveAvgPool2d or child.output_size != size or _own(child.__dict__)
-        for child, size in zip(children, expected.values(), strict=True)
-    )
+    for name, size in (("pool_h", (None, 1)), ("pool_w", (1, None))):
+        child = module._modules.get(name)
+        if type(child) is not AdaptiveAvgPool2d or child.output_size != size or "forward" in child.__dict__:
+            return True
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            return True
+    return False
 
 
 def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
@@ -183,50 +172,57 @@ def arguments(module: Module, x) -> tuple | Detour:
     why = obstacle(x)
     if why is not None:
         return Detour(REFERENCE, why)
-    if _global_hooks():
+    if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return Detour(HYBRID, "there are global module hooks")
+    settings = module.__dict__
+    children = settings["_modules"]
     try:
-        return _fused_arguments(module, module._modules, x)
+        for name in CHILDREN:
+            d = children[name].__dict__
+            if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+                return Detour(HYBRID, f"{name} has hooks")
+            if "forward" in d:
+                return Detour(HYBRID, f"{name} has a forward of its own")
+        pool_h, pool_w = children["pool_h"], children["pool_w"]
+        if type(pool_h) is not AdaptiveAvgPool2d or type(pool_w) is not AdaptiveAvgPool2d:
+            return Detour(HYBRID, "pool_h or pool_w is not a plain nn.AdaptiveAvgPool2d")
+        if pool_h.__dict__["output_size"] != (None, 1) or pool_w.__dict__["output_size"] != (1, None):
+            return Detour(HYBRID, "pool_h or pool_w pools to another size")
+
+        conv1, conv_h, conv_w = children["conv1"], children["conv_h"], children["conv_w"]
+        if type(conv1) is not Conv2d or type(conv_h) is not Conv2d or type(conv_w) is not Conv2d:
+            return Detour(HYBRID, "conv1, conv_h or conv_w is not a plain nn.Conv2d")
+        conv1, conv_h, conv_w = conv1.__dict__, conv_h.__dict__, conv_w.__dict__
+        if not (_pointwise(conv1) and _pointwise(conv_h) and _pointwise(conv_w)):
+            return Detour(HYBRID, "conv1, conv_h or conv_w is not a 1x1 convolution")
+        if not conv1["in_channels"] == conv_h["out_channels"] == conv_w["out_channels"]:
+            return Detour(HYBRID, "input and output have different numbers of channels")
+        parameters = conv1["_parameters"]
+        w1, b1 = parameters["weight"], parameters["bias"]
+        parameters = conv_h["_parameters"]
+        wh, bh = parameters["weight"], parameters["bias"]
+        parameters = conv_w["_parameters"]
+        ww, bw = parameters["weight"], parameters["bias"]
+
+        bn1, act = children["bn1"], children["act"]
+        if type(bn1) is BatchNorm2d:
+            d = bn1.__dict__
+            parameters, buffers = d["_parameters"], d["_buffers"]
+            gamma, beta = parameters["weight"], parameters["bias"]
+            mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            eps, momentum, training = d["eps"], d["momentum"], d["training"]
+            norm = NORM_BATCH if training or mean is None else NORM_GIVEN
+            update = training and d["track_running_stats"]
+        elif type(bn1) is Identity:
+            gamma = beta = mean = var = tracked = momentum = None
+            eps, norm, update = 0.0, NORM_NONE, False
+        else:
+            return Detour(HYBRID, f"bn1 is a {type(bn1).__name__}")
+        activation = _CODES.get(type(act))
+        if activation is None:
+            return Detour(HYBRID, f"no kernel for the activation {type(act).__name__}")
     except KeyError as missing:
         return Detour(HYBRID, f"no child, parameter or setting of the name {missing}")
-
-
-def _fused_arguments(module: Module, children: dict, x: Tensor) -> tuple | Detour:
-    for name in CHILDREN:
-        if _own(children[name].__dict__):
-            return Detour(HYBRID, f"{name} has hooks or a forward of its own")
-
-    conv1, conv_h, conv_w = children["conv1"], children["conv_h"], children["conv_w"]
-    if type(conv1) is not Conv2d or type(conv_h) is not Conv2d or type(conv_w) is not Conv2d:
-        return Detour(HYBRID, "conv1, conv_h or conv_w is not a plain nn.Conv2d")
-    conv1, conv_h, conv_w = conv1.__dict__, conv_h.__dict__, conv_w.__dict__
-    if not (_pointwise(conv1) and _pointwise(conv_h) and _pointwise(conv_w)):
-        return Detour(HYBRID, "conv1, conv_h or conv_w is not a 1x1 convolution")
-    if not conv1["in_channels"] == conv_h["out_channels"] == conv_w["out_channels"]:
-        return Detour(HYBRID, "input and output have different numbers of channels")
-    activation = _CODES.get(type(children["act"]))
-    if activation is None:
-        return Detour(HYBRID, f"no kernel for the activation {type(children['act']).__name__}")
-
-    w1, b1 = conv1["_parameters"]["weight"], conv1["_parameters"]["bias"]
-    wh, bh = conv_h["_parameters"]["weight"], conv_h["_parameters"]["bias"]
-    ww, bw = conv_w["_parameters"]["weight"], conv_w["_parameters"]["bias"]
-
-    bn1 = children["bn1"]
-    if type(bn1) is BatchNorm2d:
-        d = bn1.__dict__
-        gamma, beta = d["_parameters"]["weight"], d["_parameters"]["bias"]
-        buffers = d["_buffers"]
-        mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        eps, momentum = d["eps"], d["momentum"]
-        norm = ops.NORM_BATCH if d["training"] or mean is None else ops.NORM_GIVEN
-        update = d["training"] and d["track_running_stats"]
-    elif type(bn1) is Identity:
-        gamma = beta = mean = var = tracked = momentum = None
-        eps, norm, update = 0.0, ops.NORM_NONE, False
-    else:
-        return Detour(HYBRID, f"bn1 is a {type(bn1).__name__}")
-
     if not (
         type(w1) in _PLAIN
         and type(wh) in _PLAIN
@@ -245,12 +241,9 @@ def _fused_arguments(module: Module, children: dict, x: Tensor) -> tuple | Detou
         convolutions |= {"conv_w.weight": ww, "conv_w.bias": bw}
         if why := dtype_obstacle(x, convolutions, [gamma, beta, mean, var]):
             return Detour(HYBRID, why)
-    if special_pools(module):
-        return Detour(HYBRID, "pool_h or pool_w is not the usual mean")
-
-    settings = module.__dict__
     out = x if settings["inplace"] else None
-    return w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, settings["skip"], tracked, momentum, update, out
+    skip = settings["skip"]
+    return w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update, out
 
 
 def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
