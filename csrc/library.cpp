@@ -1,6 +1,5 @@
 // Schemas and bindings, on the libtorch stable ABI: the only file of csrc that sees torch. It checks what the kernels
 // take for granted, allocates, and turns tensors into the structs of coordatt.h.
-#include <sys/mman.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +11,7 @@
 #include <tuple>
 
 #include "coordatt.h"
+#include "cpu/blocks.h"
 #include "cpu/kernels.h"
 
 namespace {
@@ -36,22 +36,6 @@ DType dtype_of(const Tensor& t, const char* name) {
 
 ScalarType acc_of(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-constexpr int64_t huge_page = 2 << 20;
-constexpr int64_t huge_from = 4 << 20;
-
-// A fresh large output costs more in page faults than in arithmetic; huge pages make 512 of them one.
-void advise(const Tensor& t) {
-#if defined(MADV_HUGEPAGE)
-  int64_t bytes = t.numel() * (int64_t)t.element_size();
-  if (bytes < huge_from) return;
-  uintptr_t begin = ((uintptr_t)t.mutable_data_ptr() + huge_page - 1) / huge_page * huge_page;
-  uintptr_t end = ((uintptr_t)t.mutable_data_ptr() + bytes) / huge_page * huge_page;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#else
-  (void)t;
-#endif
-}
-
 Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides.begin(), (int32_t)dtype,
@@ -67,10 +51,14 @@ bool is_nhwc(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1; }
 
 Tensor empty_map(const Tensor& like, bool nhwc) {
   int64_t n = like.size(0), c = like.size(1), h = like.size(2), w = like.size(3);
-  Tensor t = nhwc ? empty_strided({n, c, h, w}, {h * w * c, 1, w * c, c}, like.scalar_type())
-                  : empty_strided({n, c, h, w}, {c * h * w, h * w, w, 1}, like.scalar_type());
-  advise(t);
-  return t;
+  int64_t sizes[4] = {n, c, h, w}, dense[4] = {c * h * w, h * w, w, 1}, last[4] = {h * w * c, 1, w * c, c};
+  int64_t* strides = nhwc ? last : dense;
+  int64_t bytes = n * c * h * w * (int64_t)like.element_size();
+  void* block = bytes >= coordatt::block_from ? coordatt::take_block(bytes) : nullptr;
+  if (block)
+    return torch::stable::from_blob(block, {sizes, 4}, {strides, 4}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    like.scalar_type(), coordatt::give_block);
+  return empty_strided({n, c, h, w}, {strides[0], strides[1], strides[2], strides[3]}, like.scalar_type());
 }
 
 // Whether the kernels can walk it as it is: dense planes (nchw), or dense channels of evenly spaced pixels (nhwc).

@@ -35,6 +35,32 @@ COORDATT_INLINE void gate_plane(const X* x, X* out, int64_t height, int64_t widt
   }
 }
 
+// The small planes [c, c + count), flat.
+template <bool PAIR, bool SKIP, class X>
+COORDATT_OUTLINE void gate_flat(const PlaneArgs& a, int64_t c, int64_t count, const int32_t* row, const int32_t* column,
+                                const float* gate_h, const float* gate_w) {
+#if defined(COORDATT_HAS_FLAT)
+  constexpr int n = lanes<float>;
+  const int64_t size = a.h * a.w, hp = padded(a.h), wp = padded(a.w);
+  for (int64_t i = 0; i < count; ++i) {
+    const X* x = (const X*)a.x + (c + i) * a.x_step;
+    X* out = (X*)a.out + (c + i) * a.out_step;
+    Table<PAIR> ah(gate_h + i * hp), aw(gate_w + i * wp);
+    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
+      vfloat v = load(x + e, cut...);
+      vfloat y = v * aw[load(column + e)] * ah[load(row + e)];
+      if (SKIP) y += v;
+      store(out + e, y, cut...);
+    };
+    int64_t e = 0;
+    for (; e + n <= size; e += n) part(e);
+    if (e < size) part(e, Tail<float>(size - e));
+  }
+#else
+  (void)a, (void)c, (void)count, (void)row, (void)column, (void)gate_h, (void)gate_w;
+#endif
+}
+
 template <bool SKIP, class X>
 COORDATT_INLINE void gate_nchw_as(const PlaneArgs& a) {
   using A = Acc<X>;
@@ -42,16 +68,25 @@ COORDATT_INLINE void gate_nchw_as(const PlaneArgs& a) {
   int64_t hp = padded(a.h), wp = padded(a.w);
   A* gate_h = (A*)a.scratch;
   A* gate_w = gate_h + n * hp;
-  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
-    for (int64_t c = a.c0; c < a.c1; c += n) {
-      int64_t count = min_of<int64_t>(n, a.c1 - c);
-      rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
-      rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
+  int32_t* row = (int32_t*)(gate_w + n * wp);
+  int32_t* column = row + flat_elements;
+  const bool flat = is_flat<A>(a.h, a.w), pair = a.h > n || a.w > n;
+  if (flat) flat_indices(a.h, a.w, row, column);
+  for (int64_t c = a.c0; c < a.c1; c += n) {
+    int64_t count = min_of<int64_t>(n, a.c1 - c);
+    rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
+    rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
+    if constexpr (sizeof(A) == 4) {
+      if (flat && pair) gate_flat<true, SKIP, X>(a, c, count, row, column, gate_h, gate_w);
+      else if (flat) gate_flat<false, SKIP, X>(a, c, count, row, column, gate_h, gate_w);
+      if (flat) continue;
+    }
+    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i)
         gate_plane<decltype(nv)::value, SKIP>((const X*)a.x + (c + i) * a.x_step, (X*)a.out + (c + i) * a.out_step, a.h, a.w,
                                               gate_h + i * hp, gate_w + i * wp);
-    }
-  });
+    });
+  }
 }
 
 template <class X>
@@ -83,10 +118,10 @@ void gate_nhwc(const PlaneArgs& a) {
     }
 }
 
-// One nchw plane of grad and x: row_parts[h] = lane-wise sum of t * a_w, columns[w] = sum of t * a_h, with t = grad * x.
+// One nchw plane of grad and x: parts[h * stride] = lane-wise sum of t * a_w, columns[w] = sum of t * a_h, t = grad * x.
 template <int NV, class X>
 COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int64_t width, const Acc<X>* gate_h,
-                                  const Acc<X>* gate_w, Acc<X>* row_parts, Acc<X>* columns) {
+                                  const Acc<X>* gate_w, Acc<X>* parts, int64_t stride, Acc<X>* columns) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
   constexpr int64_t ahead = prefetch_bytes / sizeof(X);
@@ -108,7 +143,7 @@ COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int
         column[j] += t * ah;
         row += t * aw[j];
       }
-      store(row_parts + h * n, row);
+      store(parts + h * stride, row);
     }
     for (int j = 0; j < NV; ++j) store(columns + j * n, column[j]);
   } else {
@@ -119,42 +154,41 @@ COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int
         row += t * load(gate_w + w);
         store(columns + w, h ? load(columns + w) + t * ah : t * ah);
       }
-      store(row_parts + h * n, row);
+      store(parts + h * stride, row);
     }
   }
 }
-
-template <class V> COORDATT_INLINE V sigmoid_slope(V a) { return a * (1 - a); }
 
 template <class X>
 void reduce_nchw(const PlaneArgs& a) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
-  int64_t hp = padded(a.h), wp = padded(a.w);
+  const int64_t hp = padded(a.h), wp = padded(a.w);
+  const bool together = a.h <= short_plane;
   A* gate_h = (A*)a.scratch;
   A* gate_w = gate_h + n * hp;
   A* rows = gate_w + n * wp;
   A* columns = rows + n * hp;
   A* parts = columns + n * wp;
-  auto slope = [&](A* sums, const A* gates, int64_t count) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < count; i += n) store(sums + i, load(sums + i) * sigmoid_slope(load(gates + i)));
-  };
-  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
-    for (int64_t c = a.c0; c < a.c1; c += n) {
-      int64_t count = min_of<int64_t>(n, a.c1 - c);
-      rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
-      rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
+  for (int64_t c = a.c0; c < a.c1; c += n) {
+    int64_t count = min_of<int64_t>(n, a.c1 - c);
+    const A* gates_h = (const A*)a.gates.h + c;
+    const A* gates_w = (const A*)a.gates.w + c;
+    rows_to_tile<A>(gates_h, a.gates.ld, a.h, count, A(1), gate_h, hp);
+    rows_to_tile<A>(gates_w, a.gates.ld, a.w, count, A(1), gate_w, wp);
+    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
         reduce_plane<decltype(nv)::value>((const X*)a.grad + (c + i) * a.grad_step, (const X*)a.x + (c + i) * a.x_step, a.h,
-                                          a.w, gate_h + i * hp, gate_w + i * wp, parts, columns + i * wp);
-        sum_row_parts(parts, a.h, rows + i * hp);
-        slope(rows + i * hp, gate_h + i * hp, a.h);
-        slope(columns + i * wp, gate_w + i * wp, a.w);
+                                          a.w, gate_h + i * hp, gate_w + i * wp, together ? parts + i * n : parts,
+                                          together ? n * n : n, columns + i * wp);
+        if (!together) sum_row_parts(parts, a.h, rows + i * hp);
       }
-      tile_to_rows(rows, hp, a.h, count, A(1), (A*)a.dlogits.h + c, a.dlogits.ld);
-      tile_to_rows(columns, wp, a.w, count, A(1), (A*)a.dlogits.w + c, a.dlogits.ld);
-    }
-  });
+    });
+    A* dlogits_h = (A*)a.dlogits.h + c;
+    if (together) parts_to_rows<A>(parts, a.h, count, A(1), gates_h, dlogits_h, a.dlogits.ld);
+    else tile_to_rows<A>(rows, hp, a.h, count, A(1), gates_h, dlogits_h, a.dlogits.ld);
+    tile_to_rows<A>(columns, wp, a.w, count, A(1), gates_w, (A*)a.dlogits.w + c, a.dlogits.ld);
+  }
 }
 
 // Channels [c, c + CV vectors), all pixels; CV 0: the tail's channels.

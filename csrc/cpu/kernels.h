@@ -107,9 +107,13 @@ struct Kernels {
 constexpr int64_t max_lanes = 16;
 inline int64_t padded(int64_t a) { return (a + max_lanes - 1) / max_lanes * max_lanes; }
 
-// Two tiles of lanes x (H + W) and the row partial sums of a plane.
+constexpr int64_t short_plane = 24;      // rows up to which a group of planes is summed together (tile.h)
+constexpr int64_t flat_elements = 1024;  // the largest plane walked as one flat run (gate.cpp)
+
+// Four tiles of lanes x H or W, row parts of a plane or a group of short ones, and the flat walk's indices.
 inline int64_t plane_scratch_bytes(int64_t h, int64_t w) {
-  return (2 * max_lanes * (padded(h) + padded(w)) + 2 * padded(h) * max_lanes) * 8;
+  int64_t parts = h <= short_plane ? h * max_lanes : padded(h);
+  return 2 * max_lanes * (padded(h) + padded(w)) * 8 + parts * 64 + 2 * flat_elements * 4;
 }
 inline int64_t act_scratch_bytes(int64_t m) { return 5 * m * max_lanes * 8; }
 

@@ -290,13 +290,15 @@ void transpose_all(const void* a, int64_t lda, int64_t rows, int64_t cols, void*
       int64_t nc = min_of<int64_t>(n, cols - c0);
       Tail<A> col_tail(nc);
       Vec<A> v[n];
-      for (int i = 0; i < n; ++i) {
-        const A* from = (const A*)a + (r0 + i) * lda + c0;
-        if (i >= nr) v[i] = Vec<A>{};
-        else if (nc == n) v[i] = load(from);
-        else v[i] = load(from, col_tail);
-      }
-      transpose<A>(v);
+      A edge[n * n];
+      const A* from[n];
+      for (int i = 0; i < n; ++i) from[i] = (const A*)a + min_of(r0 + i, rows - 1) * lda + c0;
+      if (nc < n)
+        for (int i = 0; i < n; ++i) {
+          store(edge + i * n, load(from[i], col_tail));
+          from[i] = edge + i * n;
+        }
+      transpose_rows<A>(from, v);
       for (int i = 0; i < n; ++i)
         if (i < nc) {
           A* to = (A*)out + (c0 + i) * ldo + r0;

@@ -5,9 +5,9 @@ namespace coordatt {
 namespace COORDATT_LEVEL {
 namespace {
 
-// One nchw plane: row_parts[h] = lane-wise sum of row h, columns[w] = sum over h. NV vectors a row, 0 for any number.
+// One nchw plane: parts[h * stride] = lane-wise sum of row h; columns[w] = sum over h. NV vectors a row, 0 for any number.
 template <int NV, class X>
-COORDATT_INLINE void pool_plane(const X* x, int64_t height, int64_t width, Acc<X>* row_parts, Acc<X>* columns) {
+COORDATT_INLINE void pool_plane(const X* x, int64_t height, int64_t width, Acc<X>* parts, int64_t stride, Acc<X>* columns) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
   constexpr int64_t ahead = prefetch_bytes / sizeof(X);
@@ -23,7 +23,7 @@ COORDATT_INLINE void pool_plane(const X* x, int64_t height, int64_t width, Acc<X
         column[j] += v;
         row = j ? row + v : v;
       }
-      store(row_parts + h * n, row);
+      store(parts + h * stride, row);
     }
     for (int j = 0; j < NV; ++j) store(columns + j * n, column[j]);
   } else {
@@ -44,7 +44,7 @@ COORDATT_INLINE void pool_plane(const X* x, int64_t height, int64_t width, Acc<X
         }
         store(columns + w, h ? load(columns + w) + sum : sum);
       }
-      for (int r = 0; r < HB; ++r) store(row_parts + (h + r) * n, row[r]);
+      for (int r = 0; r < HB; ++r) store(parts + (h + r) * stride, row[r]);
     };
     int64_t h = 0;
     for (; h + 4 <= height; h += 4) rows(std::integral_constant<int, 4>(), h);
@@ -56,21 +56,26 @@ template <class X>
 void pool_nchw(const PlaneArgs& a) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
-  int64_t hp = padded(a.h), wp = padded(a.w);
+  const int64_t hp = padded(a.h), wp = padded(a.w);
+  const bool together = a.h <= short_plane;
+  const A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.h;
   A* rows = (A*)a.scratch;
   A* columns = rows + n * hp;
   A* parts = columns + n * wp;
-  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
-    for (int64_t c = a.c0; c < a.c1; c += n) {
-      int64_t count = min_of<int64_t>(n, a.c1 - c);
+  for (int64_t c = a.c0; c < a.c1; c += n) {
+    int64_t count = min_of<int64_t>(n, a.c1 - c);
+    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
-        pool_plane<decltype(nv)::value>((const X*)a.x + (c + i) * a.x_step, a.h, a.w, parts, columns + i * wp);
-        sum_row_parts(parts, a.h, rows + i * hp);
+        pool_plane<decltype(nv)::value>((const X*)a.x + (c + i) * a.x_step, a.h, a.w, together ? parts + i * n : parts,
+                                        together ? n * n : n, columns + i * wp);
+        if (!together) sum_row_parts(parts, a.h, rows + i * hp);
       }
-      tile_to_rows(rows, hp, a.h, count, (A)(A(1) / (A)a.w), (A*)a.pooled.h + c, a.pooled.ld);
-      tile_to_rows(columns, wp, a.w, count, (A)(A(1) / (A)a.h), (A*)a.pooled.w + c, a.pooled.ld);
-    }
-  });
+    });
+    A* pooled_h = (A*)a.pooled.h + c;
+    if (together) parts_to_rows<A>(parts, a.h, count, by_w, nullptr, pooled_h, a.pooled.ld);
+    else tile_to_rows<A>(rows, hp, a.h, count, by_w, nullptr, pooled_h, a.pooled.ld);
+    tile_to_rows<A>(columns, wp, a.w, count, by_h, nullptr, (A*)a.pooled.w + c, a.pooled.ld);
+  }
 }
 
 // Channels [c, c + CV vectors) of HB rows of pixels.
@@ -177,6 +182,35 @@ COORDATT_INLINE void spread_plane(const X* grad, X* dx, int64_t height, int64_t 
   }
 }
 
+// The same for the small planes [c, c + count), flat.
+template <bool PAIR, class X>
+COORDATT_OUTLINE void spread_flat(const PlaneArgs& a, int64_t c, int64_t count, const int32_t* row, const int32_t* column,
+                                  const float* gate_h, const float* gate_w, const float* pooled_h, const float* pooled_w) {
+#if defined(COORDATT_HAS_FLAT)
+  constexpr int n = lanes<float>;
+  const int64_t size = a.h * a.w, hp = padded(a.h), wp = padded(a.w);
+  for (int64_t i = 0; i < count; ++i) {
+    const X* grad = (const X*)a.grad + (c + i) * a.grad_step;
+    X* dx = (X*)a.out + (c + i) * a.out_step;
+    Table<PAIR> ah(gate_h + i * hp), aw(gate_w + i * wp), ph(pooled_h + i * hp), pw(pooled_w + i * wp);
+    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
+      vint r = load(row + e), w = load(column + e);
+      prefetch(grad + e + prefetch_bytes / sizeof(X));
+      vfloat g = load(grad + e, cut...);
+      vfloat v = pw[w] + ph[r];
+      v += g * aw[w] * ah[r];
+      if (a.skip) v += g;
+      store(dx + e, v, cut...);
+    };
+    int64_t e = 0;
+    for (; e + n <= size; e += n) part(e);
+    if (e < size) part(e, Tail<float>(size - e));
+  }
+#else
+  (void)a, (void)c, (void)count, (void)row, (void)column, (void)gate_h, (void)gate_w, (void)pooled_h, (void)pooled_w;
+#endif
+}
+
 template <bool GRAD, class X>
 COORDATT_INLINE void spread_nchw_as(const PlaneArgs& a) {
   using A = Acc<X>;
@@ -186,21 +220,30 @@ COORDATT_INLINE void spread_nchw_as(const PlaneArgs& a) {
   A* gate_w = gate_h + n * hp;
   A* pooled_h = gate_w + n * wp;
   A* pooled_w = pooled_h + n * hp;
-  with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
-    for (int64_t c = a.c0; c < a.c1; c += n) {
-      int64_t count = min_of<int64_t>(n, a.c1 - c);
-      if (GRAD) {
-        rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
-        rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
-      }
-      rows_to_tile<A>((const A*)a.pooled.h + c, a.pooled.ld, a.h, count, A(1) / (A)a.w, pooled_h, hp);
-      rows_to_tile<A>((const A*)a.pooled.w + c, a.pooled.ld, a.w, count, A(1) / (A)a.h, pooled_w, wp);
+  int32_t* row = (int32_t*)(pooled_w + n * wp);
+  int32_t* column = row + flat_elements;
+  const bool flat = GRAD && is_flat<A>(a.h, a.w), pair = a.h > n || a.w > n;
+  if (flat) flat_indices(a.h, a.w, row, column);
+  for (int64_t c = a.c0; c < a.c1; c += n) {
+    int64_t count = min_of<int64_t>(n, a.c1 - c);
+    if (GRAD) {
+      rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
+      rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
+    }
+    rows_to_tile<A>((const A*)a.pooled.h + c, a.pooled.ld, a.h, count, A(1) / (A)a.w, pooled_h, hp);
+    rows_to_tile<A>((const A*)a.pooled.w + c, a.pooled.ld, a.w, count, A(1) / (A)a.h, pooled_w, wp);
+    if constexpr (sizeof(A) == 4) {
+      if (flat && pair) spread_flat<true, X>(a, c, count, row, column, gate_h, gate_w, pooled_h, pooled_w);
+      else if (flat) spread_flat<false, X>(a, c, count, row, column, gate_h, gate_w, pooled_h, pooled_w);
+      if (flat) continue;
+    }
+    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i)
         spread_plane<decltype(nv)::value, GRAD>((const X*)a.grad + (c + i) * a.grad_step, (X*)a.out + (c + i) * a.out_step,
                                                 a.h, a.w, gate_h + i * hp, gate_w + i * wp, pooled_h + i * hp,
                                                 pooled_w + i * wp, a.skip);
-    }
-  });
+    });
+  }
 }
 
 template <class X>

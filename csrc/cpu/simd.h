@@ -28,6 +28,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 warns of its own intrinsics' undefined operands
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #define COORDATT_INLINE static inline __attribute__((always_inline))
@@ -259,6 +260,46 @@ template <class A> COORDATT_INLINE Vec<A> sum_each(Vec<A>* r) {
   sum_stage<lanes<A> / 2, lanes<A>>(r);
   return r[0];
 }
+
+// out[j] = column j of the 16 or fewer rows at from[0 .. lanes - 1], one vector of each row.
+template <class A> COORDATT_INLINE void transpose_rows(const A* const* from, Vec<A>* out) {
+  for (int i = 0; i < lanes<A>; ++i) out[i] = load(from[i]);
+  transpose<A>(out);
+}
+
+#if defined(COORDATT_SIMD_AVX512)
+// The same in shuffles that stay within 128-bit lanes, the lanes being gathered by the loads: 32 shuffles instead of 64.
+template <> inline __attribute__((always_inline)) void transpose_rows<float>(const float* const* from, vfloat* out) {
+  for (int k = 0; k < 4; ++k) {
+    __m512 t[4];
+    for (int j = 0; j < 4; ++j) {
+      t[j] = _mm512_castps128_ps512(_mm_loadu_ps(from[j] + 4 * k));
+      t[j] = _mm512_insertf32x4(t[j], _mm_loadu_ps(from[4 + j] + 4 * k), 1);
+      t[j] = _mm512_insertf32x4(t[j], _mm_loadu_ps(from[8 + j] + 4 * k), 2);
+      t[j] = _mm512_insertf32x4(t[j], _mm_loadu_ps(from[12 + j] + 4 * k), 3);
+    }
+    __m512d a = (__m512d)_mm512_unpacklo_ps(t[0], t[1]), b = (__m512d)_mm512_unpacklo_ps(t[2], t[3]);
+    __m512d c = (__m512d)_mm512_unpackhi_ps(t[0], t[1]), d = (__m512d)_mm512_unpackhi_ps(t[2], t[3]);
+    out[4 * k] = (vfloat)_mm512_unpacklo_pd(a, b);
+    out[4 * k + 1] = (vfloat)_mm512_unpackhi_pd(a, b);
+    out[4 * k + 2] = (vfloat)_mm512_unpacklo_pd(c, d);
+    out[4 * k + 3] = (vfloat)_mm512_unpackhi_pd(c, d);
+  }
+}
+
+template <> inline __attribute__((always_inline)) vfloat sum_each<float>(vfloat* r) {
+  __m512 t[4];
+  for (int i = 0; i < 4; ++i) {
+    __m512 a = (__m512)r[4 * i], b = (__m512)r[4 * i + 1], c = (__m512)r[4 * i + 2], d = (__m512)r[4 * i + 3];
+    __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    t[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+  }
+  __m512 u = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x44), _mm512_shuffle_f32x4(t[0], t[1], 0xee));
+  __m512 v = _mm512_add_ps(_mm512_shuffle_f32x4(t[2], t[3], 0x44), _mm512_shuffle_f32x4(t[2], t[3], 0xee));
+  return (vfloat)_mm512_add_ps(_mm512_shuffle_f32x4(u, v, 0x88), _mm512_shuffle_f32x4(u, v, 0xdd));
+}
+#endif
 
 // exp on float lanes: Cody-Waite reduction and a degree-6 polynomial (relative error below 2 ulp); NaN stays NaN, above 88.4 inf, below -87.7 zero.
 COORDATT_INLINE vfloat exp(vfloat x) {

@@ -11,44 +11,54 @@ namespace coordatt {
 namespace COORDATT_LEVEL {
 namespace {
 
-// rows[l * ld + i] = tile[i * ldt + l] * scale for i < count, l < len.
+template <class V> COORDATT_INLINE V sigmoid_slope(V a) { return a * (1 - a); }
+
+// rows[l * ld + i] = tile[i * ldt + l] * scale for i < count, l < len; times the slope of the sigmoid there if gates
+// (laid out as rows) is given.
 template <class A>
-COORDATT_OUTLINE void tile_to_rows(const A* tile, int64_t ldt, int64_t len, int64_t count, A scale, A* rows, int64_t ld) {
+COORDATT_OUTLINE void tile_to_rows(const A* tile, int64_t ldt, int64_t len, int64_t count, A scale, const A* gates, A* rows,
+                                   int64_t ld) {
   constexpr int n = lanes<A>;
   Tail<A> tail(count);
   for (int64_t l0 = 0; l0 < len; l0 += n) {
     Vec<A> r[n];
-    for (int i = 0; i < n; ++i) r[i] = load(tile + i * ldt + l0);
-    transpose<A>(r);
+    const A* from[n];
+    for (int i = 0; i < n; ++i) from[i] = tile + i * ldt + l0;
+    transpose_rows<A>(from, r);
     int64_t valid = min_of<int64_t>(n, len - l0);
     for (int l = 0; l < n; ++l)
       if (l < valid) {
-        A* to = rows + (l0 + l) * ld;
-        if (count == n) store(to, r[l] * scale); else store(to, r[l] * scale, tail);
+        int64_t at = (l0 + l) * ld;
+        Vec<A> v = r[l] * scale;
+        if (gates) v *= sigmoid_slope(load(gates + at, tail));
+        store(rows + at, v, tail);
       }
   }
 }
 
-// tile[i * ldt + l] = rows[l * ld + i] * scale; lanes beyond count and l beyond len (up to ldt) become zero.
+// tile[i * ldt + l] = rows[l * ld + i] * scale for i < count, l < len. What lies beyond (up to whole vectors) is a copy
+// of row values, or zero beyond count: never a number that the rows do not hold.
 template <class A>
 COORDATT_OUTLINE void rows_to_tile(const A* rows, int64_t ld, int64_t len, int64_t count, A scale, A* tile, int64_t ldt) {
   constexpr int n = lanes<A>;
   Tail<A> tail(count);
+  A edge[n * n];
   for (int64_t l0 = 0; l0 < len; l0 += n) {
     Vec<A> r[n];
-    int64_t valid = min_of<int64_t>(n, len - l0);
-    for (int l = 0; l < n; ++l) {
-      const A* from = rows + (l0 + l) * ld;
-      if (l >= valid) r[l] = Vec<A>{};
-      else if (count == n) r[l] = load(from) * scale;
-      else r[l] = load(from, tail) * scale;
-    }
-    transpose<A>(r);
-    for (int i = 0; i < n; ++i) store(tile + i * ldt + l0, r[i]);
+    const A* from[n];
+    for (int l = 0; l < n; ++l) from[l] = rows + min_of(l0 + l, len - 1) * ld;
+    if (count < n)
+      for (int l = 0; l < n; ++l) {
+        store(edge + l * n, load(from[l], tail));
+        from[l] = edge + l * n;
+      }
+    transpose_rows<A>(from, r);
+    for (int i = 0; i < n; ++i) store(tile + i * ldt + l0, r[i] * scale);
   }
 }
 
-// sums[h] = sum of the lanes of parts[h * lanes], for h < len; parts and sums are padded to whole vectors.
+// Row sums leave a plane as one vector of partial sums a row, to be summed over its lanes. A tall plane's rows are summed
+// among themselves: sums[h] = sum of the lanes of parts[h * lanes]; parts and sums are padded to whole vectors.
 template <class A>
 COORDATT_OUTLINE void sum_row_parts(const A* parts, int64_t len, A* sums) {
   constexpr int n = lanes<A>;
@@ -56,6 +66,22 @@ COORDATT_OUTLINE void sum_row_parts(const A* parts, int64_t len, A* sums) {
     Vec<A> r[n];
     for (int i = 0; i < n; ++i) r[i] = load(parts + (h + i) * n);
     store(sums + h, sum_each<A>(r));
+  }
+}
+
+// Short planes are summed over a group of channels at once, which leaves the sums where the middle wants them (7 x 7: 20.8
+// to 12.6 us for 960 planes; from about 24 rows on the group no longer fits L1): rows[h * ld + i] = sum of the lanes of
+// parts[h][i], times scale, times the slope as above.
+template <class A>
+COORDATT_OUTLINE void parts_to_rows(const A* parts, int64_t len, int64_t count, A scale, const A* gates, A* rows, int64_t ld) {
+  constexpr int n = lanes<A>;
+  Tail<A> tail(count);
+  for (int64_t h = 0; h < len; ++h) {
+    Vec<A> r[n];
+    for (int i = 0; i < n; ++i) r[i] = load(parts + (h * n + i) * n);
+    Vec<A> v = sum_each<A>(r) * scale;
+    if (gates) v *= sigmoid_slope(load(gates + h * ld, tail));
+    store(rows + h * ld, v, tail);
   }
 }
 
@@ -75,9 +101,47 @@ COORDATT_INLINE void with_row_vectors(int64_t w, F&& body) {
   }
 }
 
-template <class X, class V, class A>
-COORDATT_INLINE V load_part(const X* p, int j, int last, const Tail<A>& tail) {
-  return j == last ? load(p + j * lanes<A>, tail) : load(p + j * lanes<A>);
+// A small plane walked as one flat run of H*W elements, its gates looked up by index in a vector (or a pair): rows of 7
+// or 14 would leave lanes empty and split cache lines. flat_limit: the longest axis that the look-up reaches.
+#if defined(COORDATT_SIMD_AVX512)
+#define COORDATT_HAS_FLAT
+constexpr int flat_limit = 32;
+template <bool PAIR> struct Table {
+  __m512 low, high;
+  explicit inline __attribute__((always_inline)) Table(const float* p)
+      : low(_mm512_loadu_ps(p)), high(PAIR ? _mm512_loadu_ps(p + 16) : _mm512_setzero_ps()) {}
+  inline __attribute__((always_inline)) vfloat operator[](vint index) const {
+    return PAIR ? (vfloat)_mm512_permutex2var_ps(low, (__m512i)index, high)
+                : (vfloat)_mm512_permutexvar_ps((__m512i)index, low);
+  }
+};
+#elif defined(COORDATT_SIMD_AVX2)
+#define COORDATT_HAS_FLAT
+constexpr int flat_limit = 8;
+template <bool PAIR> struct Table {
+  __m256 low;
+  explicit inline __attribute__((always_inline)) Table(const float* p) : low(_mm256_loadu_ps(p)) {}
+  inline __attribute__((always_inline)) vfloat operator[](vint index) const {
+    return (vfloat)_mm256_permutevar8x32_ps(low, (__m256i)index);
+  }
+};
+#else
+constexpr int flat_limit = 0;
+#endif
+
+COORDATT_INLINE vint load(const int32_t* p) { return (vint)load((const float*)p); }
+
+template <class A> COORDATT_INLINE bool is_flat(int64_t h, int64_t w) {
+  return sizeof(A) == 4 && h <= flat_limit && w <= flat_limit && h * w <= flat_elements;
+}
+
+// Row and column of each element of a plane.
+COORDATT_INLINE void flat_indices(int64_t height, int64_t width, int32_t* row, int32_t* column) {
+  for (int64_t h = 0, i = 0; h < height; ++h)
+    for (int64_t w = 0; w < width; ++w, ++i) {
+      row[i] = (int32_t)h;
+      column[i] = (int32_t)w;
+    }
 }
 
 }  // namespace
