@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coordatt_fast import ops, plan, reference
+from coordatt_fast import checks, ops, plan, reference
 
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -54,15 +54,22 @@ def coord_att(
 
     affine = (conv1_weight, conv1_bias, bn_weight, bn_bias)
     gates = (conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias)
+    tensors = (*affine, running_mean, running_var, *gates)
     why = plan.functional_obstacle(x, affine, (running_mean, running_var), gates)
     if why is None:
         norm = ops.NORM_BATCH if training else ops.NORM_NONE if running_mean is None else ops.NORM_GIVEN
         update = training and (running_mean is not None or num_batches_tracked is not None)
-        return ops.attention(
-            x, *affine, running_mean, running_var, eps, *gates, norm, _CODES[activation], skip,
-            num_batches_tracked, momentum, update, x if inplace else out,
-        )  # fmt: skip
+        try:
+            return ops.attention(
+                x, *affine, running_mean, running_var, eps, *gates, norm, _CODES[activation], skip,
+                num_batches_tracked, momentum, update, x if inplace else out,
+            )  # fmt: skip
+        except RuntimeError:
+            checks.parameters(x, tensors, checks.FUNCTIONAL_NAMES, plan.autocast(x))
+            raise
 
+    if plan.is_eager(x):
+        checks.parameters(x, tensors, checks.FUNCTIONAL_NAMES, plan.autocast(x), broadcast=True)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:

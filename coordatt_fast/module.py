@@ -18,7 +18,8 @@ class CoordAtt(nn.Module):
     activation: "hard_swish", "silu", "relu" or "relu6". bias: of the three convolutions. skip: adds x to the result.
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
 
-    Raises ValueError for an x that is not four-dimensional, RuntimeError for one of other channels, dtype or device.
+    A call raises ValueError for an x that is not four-dimensional, NotImplementedError for one that is not of floating
+    dtype, RuntimeError for other channels, dtype or device than the parameters'.
     """
 
     def __init__(
@@ -38,25 +39,35 @@ class CoordAtt(nn.Module):
         super().__init__()
         if activation not in plan.ACTIVATION_MODULES:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(plan.ACTIVATION_MODULES)}")
-        mip = max(8, inp // reduction) if mid_channels is None else mid_channels
+        if mid_channels is None:
+            if reduction < 1:
+                raise ValueError(f"reduction is {reduction}, expected at least 1")
+            mid_channels = max(8, inp // reduction)
+        elif mid_channels < 1:
+            raise ValueError(f"mid_channels is {mid_channels}, expected at least 1")
         self.pool_h = nn.AdaptiveAvgPool2d((None, 1))
         self.pool_w = nn.AdaptiveAvgPool2d((1, None))
-        self.conv1 = nn.Conv2d(inp, mip, kernel_size=1, bias=bias, device=device, dtype=dtype)
-        self.bn1 = nn.BatchNorm2d(mip, device=device, dtype=dtype)
+        self.conv1 = nn.Conv2d(inp, mid_channels, kernel_size=1, bias=bias, device=device, dtype=dtype)
+        self.bn1 = nn.BatchNorm2d(mid_channels, device=device, dtype=dtype)
         self.act = plan.ACTIVATION_MODULES[activation]()
-        self.conv_h = nn.Conv2d(mip, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
-        self.conv_w = nn.Conv2d(mip, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
+        self.conv_h = nn.Conv2d(mid_channels, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
+        self.conv_w = nn.Conv2d(mid_channels, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
         self.skip = skip
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
         arguments = plan.arguments(self, x)
         if type(arguments) is tuple:
-            return ops.attention(x, *arguments)
+            try:
+                return ops.attention(x, *arguments)
+            except RuntimeError:
+                plan.check_plain(self, x)
+                raise
         return self._by_children(x, fast=arguments.tier == plan.HYBRID)
 
     def _by_children(self, x: Tensor, fast: bool) -> Tensor:
         """The hybrid (fast) and reference tiers: the module's own children between pool and gate."""
+        plan.check_plain(self, x)
         if plan.special_pools(self):
             pooled = torch.cat([self.pool_h(x), self.pool_w(x).transpose(2, 3)], dim=2)
         else:

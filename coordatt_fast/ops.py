@@ -58,12 +58,18 @@ def attention(
         return _train(*args)[0] if _is_compiling() else _apply(*args)
     if norm == NORM_BATCH:
         with _below_autograd():
-            result = _train(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update)[0]
+            result = _train(
+                x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update
+            )[0]
         return result if out is None else out.copy_(result)
     if out is None:
         return _attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip)
+    if out is not x and not _is_compiling() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        # Written as it is read, the overlap would come out wrong.
+        return out.copy_(_attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip))
     _attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, out=out)
-    torch.autograd.graph.increment_version(out)
+    if not _is_compiling() and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # no kernel below autograd does
     return out
 
 
@@ -254,8 +260,16 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _map_like(x):
+    """As the kernels lay out a result: channels_last where x's channels are dense, else contiguous."""
+    n, c, h, w = x.shape
+    channels_last = c > 1 and x.stride(1) == 1
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return x.new_empty_strided((n, c, h, w), strides)
+
+
 def _fake_attend(x, *parameters):
-    return torch.empty_like(x)
+    return _map_like(x)
 
 
 def _fake_attend_out(x, *parameters, out):
@@ -266,28 +280,29 @@ def _fake_attend_train(x, w1, *parameters):
     n, c, h, w = x.shape
     m, rows = w1.shape[0], n * (h + w)
     kept = ((rows, c), (rows, m), (rows, c), (m,), (m,))
-    return (torch.empty_like(x), *(x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for shape in kept))
+    return (_map_like(x), *(x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for shape in kept))
 
 
 def _fake_attend_backward(
     grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww, norm, activation, skip, needs
 ):
     scale = w1 if gamma is None else gamma
-    m, c = w1.shape[0], wh.shape[0]
-    like = ((x, None), (w1, None), (w1, m), (scale, m), (scale, m), (wh, None), (wh, c), (ww, None), (ww, c))
-    return tuple(
-        tensor.new_empty(0) if not needs >> bit & 1 else torch.empty_like(tensor) if size is None else tensor.new_empty(size)
-        for bit, (tensor, size) in enumerate(like)
-    )
+    m, c = w1.shape[0], x.shape[1]
+    first, last = (m, c, 1, 1), (c, m, 1, 1)
+    like = ((w1, first), (w1, m), (scale, m), (scale, m), (wh, last), (wh, c), (ww, last), (ww, c))
+    dx = _map_like(x) if needs & 1 else x.new_empty(0)
+    return dx, *(t.new_empty(size if needs >> bit & 1 else 0) for bit, (t, size) in enumerate(like, start=1))
 
 
 def _fake_pool(x):
     n, c, h, w = x.shape
-    return x.new_empty((n, c, h + w, 1))
+    return x.new_empty_strided((n, c, h + w, 1), ((h + w) * c, 1, c, c))
 
 
 def _fake_gate_backward(grad, x, s_h, s_w, skip):
-    return torch.empty_like(x), torch.empty_like(s_h), torch.empty_like(s_w)
+    n, c, h, w = x.shape
+    ds_h = s_h.new_empty_strided((n, c, h, 1), (h * c, 1, c, c))
+    return _map_like(x), ds_h, s_w.new_empty_strided((n, c, 1, w), (w * c, 1, w * c, c))
 
 
 def _convolution_flops(x_shape, w1_shape, *args, out_shape=None, **kwargs) -> int:
@@ -308,8 +323,8 @@ def _register() -> None:
         _attend_backward: _fake_attend_backward,
         _update: lambda *args: None,
         _pool: _fake_pool,
-        _pool_backward: lambda grad, x: torch.empty_like(x),
-        _gate: lambda x, *args: torch.empty_like(x),
+        _pool_backward: lambda grad, x: _map_like(x),
+        _gate: lambda x, *args: _map_like(x),
         _gate_backward: _fake_gate_backward,
     }
     for op, fake in fakes.items():

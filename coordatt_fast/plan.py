@@ -12,7 +12,7 @@ from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_
 from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
-from coordatt_fast import library, ops
+from coordatt_fast import checks, library, ops
 from coordatt_fast.backends import AUTO, choice
 from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
 from coordatt_fast.reference import ACTIVATIONS
@@ -23,7 +23,7 @@ CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
 ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu6": ReLU6}
 _CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
-_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
@@ -71,31 +71,34 @@ class Plan:
 def obstacle(x) -> str | None:
     """Why no compiled operator can take a call on x, whatever else is in it; None when they can.
 
-    Raises ValueError for a tensor that is not [N, C, H, W], RuntimeError when a backend was chosen by name and
-    cannot serve the call.
+    Raises what plain PyTorch does for an x that is no feature map, and RuntimeError when a backend was chosen by name
+    and cannot serve the call.
     """
     if type(x) not in _PLAIN:
+        checks.not_a_map(x)
         why = f"x is a {type(x).__name__}, not a plain tensor"
-    elif x.dim() != 4:
-        raise ValueError(f"x has shape {list(x.shape)}, expected four dimensions: [N, C, H, W]")
     elif _functorch_level() is not None:
         why = "inside a torch.func transform"
     elif forward_ad._current_level >= 0:
         why = "forward-mode AD"
     elif _is_exporting() if _is_compiling() else _tracing_state() is not None:
         why = "the call is exported or traced"
-    elif not x.is_cpu:
-        why = f"no backend for device {x.device.type} in this version"
-    elif x.dtype not in _DTYPES:
-        why = f"no kernel for {x.dtype}"
-    elif not ops.LOADED:
-        why = library.load().reason
-    elif choice.name == AUTO or choice.name == "cpu":
-        return None
-    elif choice.name == "reference":
-        why = "this backend was chosen"
     else:
-        why = "not part of this version"
+        shape = x.shape
+        if len(shape) != 4 or shape[2] == 0 or shape[3] == 0:
+            checks.map_size(x)
+        if x.dtype not in _DTYPES:
+            raise NotImplementedError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+        if not x.is_cpu:
+            why = f"no backend for device {x.device.type} in this version"
+        elif not ops.LOADED:
+            why = library.load().reason
+        elif choice.name == AUTO or choice.name == "cpu":
+            return None
+        elif choice.name == "reference":
+            why = "this backend was chosen"
+        else:
+            why = "not part of this version"
     if choice.name not in (AUTO, "reference"):
         raise RuntimeError(f"backend {choice.name!r} was chosen but cannot run this call: {why}")
     return why
@@ -143,17 +146,46 @@ def _pointwise(d: dict) -> bool:
     return d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
 
 
+def _observed(child: Module | None) -> bool:
+    """Whether a call of the child does more than its class says."""
+    if child is None or _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
+        return True
+    hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+    return bool(hooks) or "forward" in child.__dict__
+
+
 def special_pools(module: Module) -> bool:
     """Whether the pool children have to be called: someone listens to them, or they are not the usual means."""
-    if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
-        return True
-    for name, size in (("pool_h", (None, 1)), ("pool_w", (1, None))):
-        child = module._modules.get(name)
-        if type(child) is not AdaptiveAvgPool2d or child.output_size != size or "forward" in child.__dict__:
-            return True
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
-            return True
-    return False
+    return any(
+        _observed(child) or type(child) is not AdaptiveAvgPool2d or child.output_size != size
+        for child, size in ((module._modules.get("pool_h"), (None, 1)), (module._modules.get("pool_w"), (1, None)))
+    )
+
+
+def check_plain(module: Module, x: Tensor) -> None:
+    """Before a slow tier runs: raises as checks.parameters does, where no child can have a say in shapes and dtypes."""
+    children = [module._modules.get(name) for name in CHILDREN]
+    _, _, conv1, bn1, act, conv_h, conv_w = children
+    if not is_eager(x) or any(map(_observed, children)) or type(act) not in _CODES:
+        return
+    if not all(type(conv) is Conv2d and _pointwise(conv.__dict__) for conv in (conv1, conv_h, conv_w)):
+        return
+    bn = (None,) * 4 if type(bn1) is Identity else None
+    if type(bn1) is BatchNorm2d:
+        bn = bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var
+    if bn is not None:
+        gates = conv_h.weight, conv_h.bias, conv_w.weight, conv_w.bias
+        tensors = (conv1.weight, conv1.bias, *bn, *gates)
+        checks.parameters(x, tensors, checks.MODULE_NAMES, autocast(x), broadcast=True)
+
+
+def is_eager(x) -> bool:
+    """Whether x is an ordinary tensor in an ordinary call, so that its sizes may be looked at."""
+    return type(x) in _PLAIN and not _is_compiling() and _tracing_state() is None
+
+
+def autocast(x: Tensor) -> bool:
+    return _is_autocast_enabled(x.device.type)
 
 
 def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
