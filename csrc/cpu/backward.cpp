@@ -245,7 +245,7 @@ void backward(const BackwardArgs& b, const Threads& all_threads) {
   int64_t ds_bytes = Scratch::round(s.rows() * s.c * bytes), z_bytes = Scratch::round(s.rows() * s.m * bytes);
   int64_t m_bytes = Scratch::round(s.m * bytes), sums_bytes = Scratch::round(blocks * 2 * s.m * 8);
   Scratch scratch(Middle::scratch_bytes(b) + ds_bytes + 2 * z_bytes + sums_bytes + 2 * m_bytes);
-  Middle middle(b, k, scratch, b.norm == Norm::none ? nullptr : b.saved.mean, b.saved.var);
+  Middle middle(b, k, scratch, b.norm == Norm::none ? nullptr : b.saved.mean, b.saved.var, true);
   void* ds = scratch.bytes(ds_bytes);
   void* dz = scratch.bytes(z_bytes);
   void* y = scratch.bytes(z_bytes);

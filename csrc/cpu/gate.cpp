@@ -1,5 +1,5 @@
 // Gate: out = x * a_w * a_h (+ x). Backward (reduce): dlogits = a (1 - a) * sum of grad * x * the other gate.
-#include "tile.h"
+#include "flat.h"
 
 namespace coordatt {
 namespace COORDATT_LEVEL {
@@ -61,10 +61,41 @@ COORDATT_OUTLINE void gate_flat(const PlaneArgs& a, int64_t c, int64_t count, co
 #endif
 }
 
+#if defined(COORDATT_SIMD_AVX512)
+// Whole runs of small planes.
+template <bool SKIP, class X>
+COORDATT_OUTLINE void gate_run(const PlaneArgs& a) {
+  FlatRun& run = flat_run;
+  run.set(a.h, a.w);
+  const int64_t size = a.h * a.w;
+  float* tables = (float*)a.scratch;
+  for (int64_t c = a.c0; c < a.c1; c += FlatRun::planes) {
+    int64_t count = min_of<int64_t>(FlatRun::planes, a.c1 - c), elements = count * size;
+    run_tables(a.gates, c, count, a.h, a.w, tables);
+    const X* x = (const X*)a.x + c * size;
+    X* out = (X*)a.out + c * size;
+    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
+      int32_t first = run.first[e / 16];
+      vfloat v = load(x + e, cut...);
+      vfloat y = v * look_up(tables, first, load(run.column + e)) * look_up(tables, first, load(run.row + e));
+      if (SKIP) y += v;
+      store(out + e, y, cut...);
+    };
+    int64_t e = 0;
+    for (; e + 16 <= elements; e += 16) part(e);
+    if (e < elements) part(e, Tail<float>(elements - e));
+  }
+}
+#endif
+
 template <bool SKIP, class X>
 COORDATT_INLINE void gate_nchw_as(const PlaneArgs& a) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
+#if defined(COORDATT_SIMD_AVX512)
+  if constexpr (sizeof(A) == 4)
+    if (FlatRun::fits(a.h, a.w) && a.x_step == a.h * a.w && a.out_step == a.x_step) return gate_run<SKIP, X>(a);
+#endif
   int64_t hp = padded(a.h), wp = padded(a.w);
   A* gate_h = (A*)a.scratch;
   A* gate_w = gate_h + n * hp;

@@ -1,5 +1,7 @@
 // Pool: x -> row and column means. Backward (spread): dx = grad * a_h * a_w + dp_h / W + dp_w / H.
-#include "tile.h"
+#include <type_traits>
+
+#include "flat.h"
 
 namespace coordatt {
 namespace COORDATT_LEVEL {
@@ -52,10 +54,53 @@ COORDATT_INLINE void pool_plane(const X* x, int64_t height, int64_t width, Acc<X
   }
 }
 
+#if defined(COORDATT_SIMD_AVX512)
+// Planes at most 8 wide, two rows to a vector (960 x 7 x 7: 9.4 us, row by row 12.9 us).
+COORDATT_OUTLINE void pool_narrow(const PlaneArgs& a) {
+  const __mmask16 both = (__mmask16)(((1u << a.w) - 1u) * 0x101u), one = (__mmask16)((1u << a.w) - 1u);
+  const int64_t pairs = (a.h + 1) / 2, wp = padded(a.w);
+  const __m512 by_w = _mm512_set1_ps(1.0f / (float)a.w);
+  float* columns = (float*)a.scratch;
+  float* parts = columns + 16 * wp;
+  for (int64_t c = a.c0; c < a.c1; c += 16) {
+    int64_t count = min_of<int64_t>(16, a.c1 - c);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* x = (const float*)a.x + (c + i) * a.x_step;
+      __m512 column = _mm512_setzero_ps();
+      for (int64_t p = 0; p < pairs; ++p, x += 2 * a.w) {
+        prefetch(x + prefetch_bytes / 4);
+        __m512 v = _mm512_maskz_expandloadu_ps(2 * p + 1 < a.h ? both : one, x);
+        column = _mm512_add_ps(column, v);
+        _mm512_storeu_ps(parts + (p * 16 + i) * 16, v);
+      }
+      __m256 high = _mm512_extractf32x8_ps(column, 1);
+      _mm256_storeu_ps(columns + i * wp, _mm256_add_ps(_mm512_castps512_ps256(column), high));
+    }
+    float* rows = (float*)a.pooled.h + c;
+    const __mmask16 present = (__mmask16)((1u << count) - 1u);
+    for (int64_t p = 0; p < pairs; ++p) {  // as sum_each, but the two halves of a vector stay apart
+      __m512 t[4];
+      const float* from = parts + p * 256;
+      for (int i = 0; i < 4; ++i, from += 64) t[i] = sum_quarters(from);
+      __m512 u = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
+      __m512 v = _mm512_add_ps(_mm512_shuffle_f32x4(t[2], t[3], 0x88), _mm512_shuffle_f32x4(t[2], t[3], 0xdd));
+      _mm512_mask_storeu_ps(rows + 2 * p * a.pooled.ld, present, _mm512_mul_ps(_mm512_shuffle_f32x4(u, v, 0x88), by_w));
+      if (2 * p + 1 < a.h)
+        _mm512_mask_storeu_ps(rows + (2 * p + 1) * a.pooled.ld, present,
+                              _mm512_mul_ps(_mm512_shuffle_f32x4(u, v, 0xdd), by_w));
+    }
+    tile_to_rows<float>(columns, wp, a.w, count, 1.0f / (float)a.h, nullptr, (float*)a.pooled.w + c, a.pooled.ld);
+  }
+}
+#endif
+
 template <class X>
 void pool_nchw(const PlaneArgs& a) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
+#if defined(COORDATT_SIMD_AVX512)
+  if (std::is_same<X, float>::value && a.w <= 8 && a.h <= short_plane) return pool_narrow(a);
+#endif
   const int64_t hp = padded(a.h), wp = padded(a.w);
   const bool together = a.h <= short_plane;
   const A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.h;

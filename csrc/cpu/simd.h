@@ -287,14 +287,20 @@ template <> inline __attribute__((always_inline)) void transpose_rows<float>(con
   }
 }
 
+// Four vectors a to d: lane j of quarter q of the result is the sum of quarter q of vector j.
+COORDATT_INLINE __m512 sum_quarters(__m512 a, __m512 b, __m512 c, __m512 d) {
+  __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+}
+COORDATT_INLINE __m512 sum_quarters(const float* p) {
+  return sum_quarters(_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16), _mm512_loadu_ps(p + 32), _mm512_loadu_ps(p + 48));
+}
+
 template <> inline __attribute__((always_inline)) vfloat sum_each<float>(vfloat* r) {
   __m512 t[4];
-  for (int i = 0; i < 4; ++i) {
-    __m512 a = (__m512)r[4 * i], b = (__m512)r[4 * i + 1], c = (__m512)r[4 * i + 2], d = (__m512)r[4 * i + 3];
-    __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    t[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
-  }
+  for (int i = 0; i < 4; ++i)
+    t[i] = sum_quarters((__m512)r[4 * i], (__m512)r[4 * i + 1], (__m512)r[4 * i + 2], (__m512)r[4 * i + 3]);
   __m512 u = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x44), _mm512_shuffle_f32x4(t[0], t[1], 0xee));
   __m512 v = _mm512_add_ps(_mm512_shuffle_f32x4(t[2], t[3], 0x44), _mm512_shuffle_f32x4(t[2], t[3], 0xee));
   return (vfloat)_mm512_add_ps(_mm512_shuffle_f32x4(u, v, 0x88), _mm512_shuffle_f32x4(u, v, 0xdd));

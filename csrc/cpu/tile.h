@@ -36,24 +36,32 @@ COORDATT_OUTLINE void tile_to_rows(const A* tile, int64_t ldt, int64_t len, int6
   }
 }
 
+// tile[i * ldt + l] = from[l][i] * scale for i < count (zero beyond) and l < lanes.
+template <class A>
+COORDATT_INLINE void pointers_to_tile(const A** from, int64_t count, A scale, A* tile, int64_t ldt) {
+  constexpr int n = lanes<A>;
+  A edge[n * n];
+  if (count < n) {
+    Tail<A> tail(count);
+    for (int l = 0; l < n; ++l) {
+      store(edge + l * n, load(from[l], tail));
+      from[l] = edge + l * n;
+    }
+  }
+  Vec<A> r[n];
+  transpose_rows<A>(from, r);
+  for (int i = 0; i < n; ++i) store(tile + i * ldt, r[i] * scale);
+}
+
 // tile[i * ldt + l] = rows[l * ld + i] * scale for i < count, l < len. What lies beyond (up to whole vectors) is a copy
 // of row values, or zero beyond count: never a number that the rows do not hold.
 template <class A>
 COORDATT_OUTLINE void rows_to_tile(const A* rows, int64_t ld, int64_t len, int64_t count, A scale, A* tile, int64_t ldt) {
   constexpr int n = lanes<A>;
-  Tail<A> tail(count);
-  A edge[n * n];
   for (int64_t l0 = 0; l0 < len; l0 += n) {
-    Vec<A> r[n];
     const A* from[n];
     for (int l = 0; l < n; ++l) from[l] = rows + min_of(l0 + l, len - 1) * ld;
-    if (count < n)
-      for (int l = 0; l < n; ++l) {
-        store(edge + l * n, load(from[l], tail));
-        from[l] = edge + l * n;
-      }
-    transpose_rows<A>(from, r);
-    for (int i = 0; i < n; ++i) store(tile + i * ldt + l0, r[i] * scale);
+    pointers_to_tile<A>(from, count, scale, tile + l0, ldt);
   }
 }
 
@@ -99,49 +107,6 @@ COORDATT_INLINE void with_row_vectors(int64_t w, F&& body) {
     case 8: body(std::integral_constant<int, 8>()); break;
     default: body(std::integral_constant<int, 0>()); break;
   }
-}
-
-// A small plane walked as one flat run of H*W elements, its gates looked up by index in a vector (or a pair): rows of 7
-// or 14 would leave lanes empty and split cache lines. flat_limit: the longest axis that the look-up reaches.
-#if defined(COORDATT_SIMD_AVX512)
-#define COORDATT_HAS_FLAT
-constexpr int flat_limit = 32;
-template <bool PAIR> struct Table {
-  __m512 low, high;
-  explicit inline __attribute__((always_inline)) Table(const float* p)
-      : low(_mm512_loadu_ps(p)), high(PAIR ? _mm512_loadu_ps(p + 16) : _mm512_setzero_ps()) {}
-  inline __attribute__((always_inline)) vfloat operator[](vint index) const {
-    return PAIR ? (vfloat)_mm512_permutex2var_ps(low, (__m512i)index, high)
-                : (vfloat)_mm512_permutexvar_ps((__m512i)index, low);
-  }
-};
-#elif defined(COORDATT_SIMD_AVX2)
-#define COORDATT_HAS_FLAT
-constexpr int flat_limit = 8;
-template <bool PAIR> struct Table {
-  __m256 low;
-  explicit inline __attribute__((always_inline)) Table(const float* p) : low(_mm256_loadu_ps(p)) {}
-  inline __attribute__((always_inline)) vfloat operator[](vint index) const {
-    return (vfloat)_mm256_permutevar8x32_ps(low, (__m256i)index);
-  }
-};
-#else
-constexpr int flat_limit = 0;
-#endif
-
-COORDATT_INLINE vint load(const int32_t* p) { return (vint)load((const float*)p); }
-
-template <class A> COORDATT_INLINE bool is_flat(int64_t h, int64_t w) {
-  return sizeof(A) == 4 && h <= flat_limit && w <= flat_limit && h * w <= flat_elements;
-}
-
-// Row and column of each element of a plane.
-COORDATT_INLINE void flat_indices(int64_t height, int64_t width, int32_t* row, int32_t* column) {
-  for (int64_t h = 0, i = 0; h < height; ++h)
-    for (int64_t w = 0; w < width; ++w, ++i) {
-      row[i] = (int32_t)h;
-      column[i] = (int32_t)w;
-    }
 }
 
 }  // namespace

@@ -118,7 +118,8 @@ int64_t Middle::scratch_bytes(const Call& call) {
   return (5 * m * c + 2 * c + 3 * m) * acc_bytes(call.dtype) + 10 * 64;
 }
 
-Middle::Middle(const Call& call, const Kernels& k, Scratch& scratch, const void* mean, const void* var) {
+Middle::Middle(const Call& call, const Kernels& k, Scratch& scratch, const void* mean, const void* var, bool transpose)
+    : expand_h(nullptr), expand_w(nullptr) {
   const Params& p = call.params;
   int64_t c = call.shape.c, m = call.shape.m, bytes = acc_bytes(call.dtype);
   DType acc = call.dtype == DType::f64 ? DType::f64 : DType::f32;
@@ -133,10 +134,14 @@ Middle::Middle(const Call& call, const Kernels& k, Scratch& scratch, const void*
   conv1_bias = dense(p.conv1_bias, m);
   bias_h = dense(p.conv_h_bias, c);
   bias_w = dense(p.conv_w_bias, c);
-  expand_h = scratch.bytes(m * c * bytes);
-  expand_w = scratch.bytes(m * c * bytes);
-  mix.transpose(dense(p.conv_h_weight, m * c), m, c, m, expand_h, c);
-  mix.transpose(dense(p.conv_w_weight, m * c), m, c, m, expand_w, c);
+  conv_h = dense(p.conv_h_weight, m * c);
+  conv_w = dense(p.conv_w_weight, m * c);
+  if (transpose) {
+    expand_h = scratch.bytes(m * c * bytes);
+    expand_w = scratch.bytes(m * c * bytes);
+    mix.transpose(conv_h, m, c, m, expand_h, c);
+    mix.transpose(conv_w, m, c, m, expand_w, c);
+  }
   scale = scratch.bytes(m * bytes);
   shift = scratch.bytes(m * bytes);
   fold_norm(call, k, mean, var, scale, shift);

@@ -74,11 +74,12 @@ struct Middle {
   void* conv1_weight;              // [M, C]
   void* conv1_bias;                // [M] or null
   void* scale; void* shift;        // [M] the normalisation as u = scale * z + shift
-  void* expand_h; void* expand_w;  // [M, C]: conv_h and conv_w, transposed
+  void* conv_h; void* conv_w;      // [C, M]
+  void* expand_h; void* expand_w;  // [M, C]: the same transposed, or null where they are transposed as they are used
   void* bias_h; void* bias_w;      // [C] or null
   static int64_t scratch_bytes(const Call&);
   // mean, var: in the accumulate type; null without normalisation or while they are not known.
-  Middle(const Call&, const Kernels&, Scratch&, const void* mean, const void* var);
+  Middle(const Call&, const Kernels&, Scratch&, const void* mean, const void* var, bool transpose);
 };
 
 // scale and shift from statistics; mean and var as above.
