@@ -1,5 +1,6 @@
 """Step two: one CoordAtt call against its rivals, checked, then timed in interleaved rounds."""
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from bench import checks, machine, rivals
 from bench.cases import Case
 from bench.foreign import Foreign
 from bench.rivals import CLONE, FOREIGN, OURS, OURS_OUT
-from bench.timing import LARGE_OUTPUT, Local, Race, race
+from bench.timing import LARGE_OUTPUT, Contestant, Local, Race, race
 
 
 @dataclass(frozen=True)
@@ -78,26 +79,26 @@ class Bout:
         self.exact = checks.truth(self.plain, self.x, self.g)
         baseline, module = rivals.local("eager", self.plain, case)
         self.plain_errors = checks.errors(checks.results(baseline, module, self.x, self.g), self.exact)
-        self.contestants: dict[str, object] = {}
+        self.contestants: dict[str, Contestant] = {}
+        self.errors: dict[str, dict[str, float]] = {}
         self.verdicts: dict[str, checks.Verdict] = {}
         self.left_out: dict[str, str] = {}
 
     def enter(self, name: str, make: Callable[[], tuple] | None = None) -> None:
         """Build a contestant, check it, and let it start only if the check passes."""
-        reason = rivals.why_not(name, self.case)
-        if reason:
-            self.left_out[name] = reason
-            return
+        own = name in (OURS, OURS_OUT)
         try:
             found, contestant = self.foreign(name) if name in FOREIGN else self.local(name, make)
         except Exception as error:
-            if name in (OURS, OURS_OUT):
-                raise
-            self.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            if own:
+                self.verdicts[name] = checks.Verdict(False, "", math.nan, math.nan, reason)
+            else:
+                self.left_out[name] = reason
             return
-        factor = checks.OWN_FACTOR if name in (OURS, OURS_OUT) else checks.RIVAL_FACTOR
-        measured = checks.errors(found, self.exact)
-        verdict = checks.judge(measured, self.plain_errors, self.x.dtype, factor)
+        self.errors[name] = checks.errors(found, self.exact)
+        factor = checks.OWN_FACTOR if own else checks.RIVAL_FACTOR
+        verdict = checks.judge(self.errors[name], self.plain_errors, self.x.dtype, factor)
         self.verdicts[name] = verdict
         if verdict.passed:
             self.contestants[name] = contestant
@@ -168,6 +169,7 @@ def measure(
     result["checks"] = {
         name: asdict(verdict) | {"text": str(verdict)} for name, verdict in bout.verdicts.items()
     }
-    result["plain_error"] = max(bout.plain_errors.values())
+    result["plain_error"] = checks.largest(bout.plain_errors)
+    result["our_error"] = checks.largest(bout.errors[OURS]) if OURS in bout.errors else math.nan
     result["left_out"] = bout.left_out
     return result

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from bench.timing import PAGES
 
@@ -21,8 +21,8 @@ MALLOC_SETTINGS = tuple(name for setting in PAGES.values() for name in setting)
 class Jobs:
     """What one lab is asked to do. ``seconds`` is its share of the time budget (0: no limit).
 
-    A job is ``{"kind": "network" or "instance", "case": ..., "effort": ..., "rivals": [...]}``, as plain
-    data.
+    A job is plain data: ``{"kind": "network" or "instance", "case": ..., "effort": ..., "rivals": [...],
+    "expected": seconds, "order": number}``.
     """
 
     threads: int
@@ -63,16 +63,24 @@ def run(jobs: Jobs) -> Iterator[dict]:
             process.wait()
 
 
-def perform(job: dict, runtimes, without_compile: bool) -> dict:
-    """Carry out one job; torch is loaded only here, in the lab."""
+def perform(job: dict, runtimes, share: float) -> dict:
+    """Carry out one job within about ``share`` seconds; torch is loaded only here, in the lab.
+
+    Where the share is less than the job is expected to need, rounds are cut, then nothing is compiled, and at
+    worst the job is skipped.
+    """
     from bench import instances, whole_network
     from bench.cases import Case
     from bench.rivals import COMPILED
 
+    if share < 0.1 * job["expected"]:
+        return {"kind": "skipped", "job": job}
     effort = instances.Effort(**job["effort"])
+    effort = replace(effort, seconds=min(effort.seconds, 0.5 * share))
     if job["kind"] == "network":
         return whole_network.measure(whole_network.NetworkCase(**job["case"]), effort)
-    names = [name for name in job["rivals"] if not (without_compile and name in COMPILED)]
+    hurried = share < 0.6 * job["expected"]
+    names = [name for name in job["rivals"] if not (hurried and name in COMPILED)]
     result = instances.measure(Case(**job["case"]), names, runtimes, effort)
     for name in set(job["rivals"]) - set(names):
         result["left_out"][name] = "no time left to compile"
@@ -86,16 +94,14 @@ def work(jobs: Jobs, answers) -> None:
 
     torch.set_num_threads(jobs.threads)
     runtimes = Runtimes(jobs.threads)
-    start = time.perf_counter()
+    deadline = time.perf_counter() + (jobs.seconds or float("inf"))
     try:
-        for job in jobs.jobs:
-            used = (time.perf_counter() - start) / jobs.seconds if jobs.seconds else 0.0
+        for index, job in enumerate(jobs.jobs):
             began = time.perf_counter()
-            if used > 1:
-                result = {"kind": "skipped", "job": job}
-            else:
-                result = perform(job, runtimes, without_compile=used > 0.7)
-            result |= {"threads": jobs.threads, "pages": jobs.pages, "took": time.perf_counter() - began}
+            ahead = sum(later["expected"] for later in jobs.jobs[index:])
+            result = perform(job, runtimes, (deadline - began) * job["expected"] / ahead)
+            took = time.perf_counter() - began
+            result |= {"order": job["order"], "threads": jobs.threads, "pages": jobs.pages, "took": took}
             answers.write(json.dumps(result) + "\n")
             answers.flush()
     finally:

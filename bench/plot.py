@@ -1,7 +1,6 @@
 """The picture: speed over eager PyTorch, shape by shape, ours beside the rivals."""
 
 import textwrap
-from itertools import groupby
 from pathlib import Path
 
 import matplotlib
@@ -9,9 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from bench.report import group_key
+from bench.report import group_title, groups
 from bench.rivals import OURS, RIVALS
-from bench.timing import PAGES_SHORT
 
 COLOURS = {
     "eager": "#c9ced6",
@@ -33,37 +31,43 @@ def relative(result: dict, name: str, base: str) -> float | None:
     return speedup[base]["median"] / speedup[name]["median"]
 
 
-def title(key: tuple) -> str:
-    mode, batch, pages, threads, dtype, layout, _ = key
-    what = "Training (forward + backward)" if mode == "train" else "Inference"
-    kind = "" if (dtype, layout) == ("float32", "nchw") else f", {dtype} {layout}"
-    return f"{what}, batch {batch}{kind}, {threads} thread{'s' * (threads != 1)}, {PAGES_SHORT[pages]}"
+def label(result: dict) -> str:
+    pages = "" if result["pages"] == "plain" else f"\n{result['pages']} pages"
+    return "x".join(map(str, result["case"]["shape"][1:])) + pages
 
 
-def panel(axes, key: tuple, group: list[dict], names: list[str], base: str) -> None:
-    width = 0.84 / len(names)
-    for position, name in enumerate(names):
-        values = [relative(result, name, base) or 0.0 for result in group]
-        places = [index + (position - (len(names) - 1) / 2) * width for index in range(len(group))]
-        bars = axes.bar(places, values, width * 0.94, color=COLOURS[name], zorder=3)
-        if name == OURS:
-            axes.bar_label(
-                bars,
-                [f"{value:.1f}x" if value else "" for value in values],
-                padding=2,
-                fontsize=8.5,
-                fontweight="bold",
-                color=COLOURS[OURS],
-            )
+def panel(axes, key: tuple, group: list[dict], names: list[str], base: str, slots: int) -> None:
+    """One mode and batch: for every shape the contestants that took part, side by side."""
+    width = 0.86 / len(names)
+    for index, result in enumerate(group):
+        present = [name for name in names if relative(result, name, base)]
+        for position, name in enumerate(present):
+            place = index + (position - (len(present) - 1) / 2) * width
+            value = relative(result, name, base)
+            axes.bar(place, value, width * 0.92, color=COLOURS[name], zorder=3)
+            if name == OURS:
+                spread = result["speedup"][base]
+                ends = [[value - min(spread["p10"], value)], [max(spread["p90"], value) - value]]
+                axes.errorbar(place, value, ends, color="#0d4a34", linewidth=1, capsize=2, zorder=5)
+                text = f"{value:.1f}x" if value < 9.95 else f"{value:.0f}x"
+                axes.annotate(
+                    text,
+                    (place, value + ends[1][0]),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                    fontweight="bold",
+                    color=COLOURS[OURS],
+                )
     axes.axhline(1, color="#666666", linewidth=0.8, zorder=4)
-    axes.set_xticks(
-        range(len(group)), ["x".join(map(str, result["case"]["shape"][1:])) for result in group], fontsize=8.5
-    )
-    axes.set_title(title(key), fontsize=11, loc="left")
+    axes.set_xticks(range(len(group)), [label(result) for result in group], fontsize=8.5)
+    axes.set_title(group_title(key), fontsize=11, loc="left")
     axes.set_ylabel(f"speed over {RIVALS[base].label}")
     axes.grid(axis="y", color="#e6e6e6", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.01, y=0.14)
+    axes.set_xlim(-0.55, slots - 0.45)
+    axes.margins(y=0.12)
     axes.set_ylim(bottom=0)
 
 
@@ -75,23 +79,23 @@ def speedups(results: list[dict], path: Path, caption: str) -> bool:
     if not names:
         return False
     base = names[0]
-    groups = [
-        (key, list(group)) for key, group in groupby(sorted(timed, key=lambda r: group_key(r)[:4]), group_key)
-    ]
-    widest = max(len(group) for _, group in groups)
+    panels = groups(timed)
+    slots = max(6, *(len(group) for _, group in panels))
     figure, rows = plt.subplots(
-        len(groups),
+        len(panels),
         1,
-        figsize=(max(7.0, 1.25 * widest + 1.5), 2.7 * len(groups) + 1.0),
+        figsize=(1.1 * slots + 1.5, 2.6 * len(panels) + 1.0),
         squeeze=False,
         layout="constrained",
     )
-    for axes, (key, group) in zip(rows[:, 0], groups, strict=True):
-        panel(axes, key, group, [*names, OURS], base)
+    for axes, (key, group) in zip(rows[:, 0], panels, strict=True):
+        panel(axes, key, group, [*names, OURS], base, slots)
     rows[-1, 0].set_xlabel("feature map, C x H x W")
     labels = [RIVALS[name].label for name in names] + ["coordatt_fast"]
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in (*names, OURS)]
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(labels) if slots > 7 else 4, frameon=False
+    )
     caption = textwrap.fill(caption.replace("\n", ". "), int(13 * figure.get_figwidth()))
     figure.supxlabel(caption, fontsize=7.5, color="#666666")
     figure.savefig(path, dpi=130)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import machine, whole_network
 from bench.rivals import CLONE, OURS, OURS_OUT, RIVALS
-from bench.timing import PAGES_MEANING, PAGES_SHORT
+from bench.timing import PAGES_SHORT
 
 NETWORK_INTRODUCTION = """
 MobileNetV2-1.0, random weights, on crops of {count} real photographs ({names}).
@@ -26,11 +26,14 @@ CoordAtt block by block. 'ours' is the time of one call; 'vs X' says how many ti
 faster ours is than X (median over interleaved rounds, p10-p90 of the first in brackets).
 """
 BLOCKS_LEGEND = """
-(xN): repeats of the shape in the network. GB/s: the bytes a two-pass algorithm has to
-move (inference: x twice, out once; training: also g twice, x again, dx once) over the time. fits: the first
-cache that holds x and out together. error: ours against a float64 run, as a share of what is allowed (twice
-plain PyTorch's own error, or a small floor). clones: our time over that of one x.clone().
+(xN): repeats of the shape in the network. GB/s: the bytes a two-pass algorithm has to move (inference: x
+twice, out once; training: also g twice, x again, dx once) over the time. fits: the first cache that holds x
+and out together. error: our largest error against a float64 run over plain PyTorch's own. clones: our time
+over that of one x.clone(). pages: how malloc treats outputs above 16 MB; fresh: they are mapped anew on each
+call, as plain malloc does from 32 MB; kept: their pages are used again. Smaller outputs: plain malloc. out=:
+the time of our functional form writing into a buffer that is there already.
 """
+PAGES_CELL = {"plain": "", "fresh": "fresh", "kept": "kept"}
 
 
 def duration(seconds: float) -> str:
@@ -69,11 +72,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def unfused(results: Iterable[dict]) -> list[str]:
     """A loud line for every reason why a measured call was not fused."""
-    found = {
-        (result["plan"]["tier"], result["plan"]["reason"])
-        for result in results
-        if result["kind"] != "skipped"
-    }
+    found = {(result["plan"]["tier"], result["plan"]["reason"]) for result in results if "plan" in result}
     return [
         f"!!! NOT THE FUSED KERNELS: the {tier} tier was measured, because {reason}"
         for tier, reason in sorted(found)
@@ -82,37 +81,38 @@ def unfused(results: Iterable[dict]) -> list[str]:
 
 
 def group_key(result: dict) -> tuple:
+    """What the results of one table and of one panel of the plot have in common."""
     case = result["case"]
-    return (
-        case["mode"],
-        case["shape"][0],
-        result["pages"],
-        result["threads"],
-        case["dtype"],
-        case["layout"],
-        case["device"],
+    return case["mode"], case["shape"][0], result["threads"], case["dtype"], case["layout"], case["device"]
+
+
+def groups(results: Iterable[dict]) -> list[tuple[tuple, list[dict]]]:
+    """The instances by ``group_key``, shapes in network order, fresh pages before kept ones."""
+    ordered = sorted(
+        (result for result in results if result["kind"] == "instance"),
+        key=lambda result: (group_key(result), result["order"], result["pages"]),
     )
+    return [(key, list(group)) for key, group in groupby(ordered, group_key)]
 
 
 def group_title(key: tuple) -> str:
-    mode, batch, pages, threads, dtype, layout, device = key
-    what = "training, forward + backward" if mode == "train" else "inference"
-    where = f"{threads_text(threads)}, {PAGES_MEANING[pages]}" if device == "cpu" else device
-    return f"{what}, batch {batch}, {dtype}, {layout}; {where}"
+    mode, batch, threads, dtype, layout, device = key
+    what = "Training (forward + backward)" if mode == "train" else "Inference"
+    kind = "" if (dtype, layout) == ("float32", "nchw") else f", {dtype} {layout}"
+    return f"{what}, batch {batch}{kind}, {threads_text(threads) if device == 'cpu' else device}"
 
 
 def instance_row(result: dict, rivals: list[str]) -> list[str]:
     count = result["case"]["count"]
-    row = [result["name"] + (f" (x{count})" if count > 1 else "")]
-    check = result["checks"][OURS]
-    if not check["passed"]:
-        return row + ["WRONG"] + [""] * (4 + len(rivals))
-    accuracy = f"{check['error'] / check['allowed'] * 100:.0f}%"
+    row = [result["name"] + (f" (x{count})" if count > 1 else ""), PAGES_CELL[result["pages"]]]
+    if not result["checks"][OURS]["passed"]:
+        return row + ["WRONG"] + [""] * (5 + len(rivals))
     cells = [
         duration(result["seconds"][OURS]["median"]),
+        duration(result["seconds"][OURS_OUT]["median"]) if OURS_OUT in result["seconds"] else "",
         f"{result['gb_per_second']:.1f}",
         result["fits_in"],
-        accuracy,
+        f"{result['our_error'] / result['plain_error']:.1f}x" if result["plain_error"] else "",
         f"{1 / result['speedup'][CLONE]['median']:.1f}",
     ]
     for name in rivals:
@@ -129,55 +129,61 @@ def instance_row(result: dict, rivals: list[str]) -> list[str]:
     return row + cells
 
 
-def network_total(group: list[dict], rivals: list[str]) -> list[str] | None:
-    """All blocks of the network together: times summed with their counts, over shapes where every part was
-    measured."""
-    if len(group) < 2 or any(not result["seconds"] for result in group):
-        return None
+def total_row(group: list[dict], rivals: list[str], pages: str) -> list[str]:
+    """All blocks together, times summed with their counts; a rival that missed a shape has no total."""
 
-    def total(name: str) -> float | None:
+    def total(name: str) -> float:
         if any(name not in result["seconds"] for result in group):
-            return None
+            return math.nan
         return sum(result["case"]["count"] * result["seconds"][name]["median"] for result in group)
 
     mine = total(OURS)
     blocks = sum(result["case"]["count"] for result in group)
-    cells = [times(total(name) / mine) if total(name) else "-" for name in rivals]
     moved = sum(result["case"]["count"] * result["bytes_moved"] for result in group)
+    ratios = [total(name) / mine for name in rivals]
+    cells = ["-" if math.isnan(ratio) else times(ratio) for ratio in ratios]
+    bandwidth, clones = f"{moved / mine / 1e9:.1f}", f"{mine / total(CLONE):.1f}"
+    return [f"these {blocks} blocks", pages, duration(mine), "", bandwidth, "", "", clones, *cells]
+
+
+def total_rows(group: list[dict], rivals: list[str]) -> list[list[str]]:
+    """One total per page state; the smaller outputs, measured once, count in both."""
+    shapes = {result["name"] for result in group}
+    if len(shapes) < 2 or any(not result["seconds"] for result in group):
+        return []
+    states = [pages for pages in ("fresh", "kept") if any(result["pages"] == pages for result in group)]
     return [
-        f"these {blocks} blocks",
-        duration(mine),
-        f"{moved / mine / 1e9:.1f}",
-        "",
-        "",
-        f"{mine / total(CLONE):.1f}",
-        *cells,
+        total_row(
+            [result for result in group if result["pages"] in ("plain", pages)], rivals, PAGES_CELL[pages]
+        )
+        for pages in states or ["plain"]
     ]
 
 
+def instance_table(key: tuple, group: list[dict]) -> str:
+    rivals = [name for name in RIVALS if any(name in r["speedup"] or name in r["checks"] for r in group)]
+    heads = [f"vs {RIVALS[name].label}" for name in rivals]
+    header = ["N x C x H x W", "pages", "ours", "out=", "GB/s", "fits", "error", "clones", *heads]
+    rows = [instance_row(result, rivals) for result in group] + total_rows(group, rivals)
+    used = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    header, *rows = [[row[index] for index in used] for row in [header, *rows]]
+    return f"{group_title(key)}\n{table(header, rows)}"
+
+
 def instance_tables(results: list[dict]) -> str:
-    """One table per mode, batch, page state and thread count."""
-    measured = [result for result in results if result["kind"] == "instance"]
-    if not measured:
+    """One table per mode, batch and thread count."""
+    found = groups(results)
+    if not found:
         return ""
-    parts = [prose(BLOCKS_INTRODUCTION)]
-    for key, group in groupby(sorted(measured, key=lambda r: group_key(r)[:4]), group_key):
-        group = list(group)
-        rivals = [
-            name
-            for name in (*RIVALS, OURS_OUT)
-            if any(name in r["speedup"] or name in r["checks"] for r in group)
-        ]
-        heads = [f"vs {RIVALS[name].label}" if name in RIVALS else "vs ours, out=" for name in rivals]
-        header = ["N x C x H x W", "ours", "GB/s", "fits", "error", "clones", *heads]
-        rows = [instance_row(result, rivals) for result in group]
-        total = network_total(group, rivals)
-        parts.append(f"{group_title(key)}\n{table(header, rows + ([total] if total else []))}")
-    parts.append(prose(BLOCKS_LEGEND))
     legend = [
-        f"  {RIVALS[name].label}: {RIVALS[name].meaning}"
-        for name in RIVALS
-        if any(name in result["speedup"] for result in measured)
+        f"  {rival.label}: {rival.meaning}"
+        for name, rival in RIVALS.items()
+        if any(name in result["speedup"] for _, group in found for result in group)
+    ]
+    parts = [
+        prose(BLOCKS_INTRODUCTION),
+        *(instance_table(key, group) for key, group in found),
+        prose(BLOCKS_LEGEND),
     ]
     return "\n\n".join(parts) + "\n" + "\n".join(legend)
 
@@ -236,11 +242,18 @@ def network_tables(results: list[dict]) -> str:
 def left_out(results: list[dict], planned: list[str]) -> str:
     """What was not measured, and why; each line once."""
     lines = list(planned)
+    skipped: dict[str, list[str]] = {}
     for result in results:
         if result["kind"] == "skipped":
             case = result["job"]["case"]
-            what = case.get("shape") or f"whole network, batch {case['batch']}"
-            lines.append(f"{what} {case['mode']}, {result['pages']} pages: no time left (raise --budget)")
+            what = (
+                "x".join(map(str, case["shape"]))
+                if "shape" in case
+                else f"whole network, batch {case['batch']}"
+            )
+            skipped.setdefault(f"{case['mode']}, {PAGES_SHORT[result['pages']]}", []).append(what)
+    for where, what in skipped.items():
+        lines.append(prose(f"no time left (raise --budget), {where}: {', '.join(what)}"))
     reasons: dict[tuple[str, str], list[str]] = {}
     for result in results:
         for name, reason in result.get("left_out", {}).items():
@@ -248,13 +261,15 @@ def left_out(results: list[dict], planned: list[str]) -> str:
     for (name, reason), where in reasons.items():
         some = ", ".join(dict.fromkeys(where)) if len(where) <= 3 else f"{len(where)} cases"
         lines.append(f"{RIVALS[name].label}, {some}: {reason}")
-    return "Left out:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
+    return "Left out:\n" + textwrap.indent("\n".join(lines), "  ") if lines else ""
 
 
 def failures(results: list[dict]) -> list[str]:
     """Every failed correctness check in words; empty when all is well."""
     lines = []
     for result in results:
+        if result["kind"] == "died":
+            lines.append(result["text"])
         if result["kind"] == "network" and not result["agreement"]["passed"]:
             check = result["agreement"]
             lines.append(
@@ -355,10 +370,9 @@ def finite(value):
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(folder: Path, facts: dict, settings: dict, results: list[dict], text: str) -> None:
-    """results.json (everything), results.csv (one row per instance and contestant) and report.txt."""
+def write(folder: Path, facts: dict, settings: dict, results: list[dict]) -> None:
+    """results.json (everything) and results.csv (one row per instance and contestant)."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.txt").write_text(text)
     document = {"machine": facts, "settings": settings, "results": results}
     (folder / "results.json").write_text(json.dumps(finite(document), indent=1, allow_nan=False) + "\n")
     with open(folder / "results.csv", "w", newline="") as file:

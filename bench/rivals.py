@@ -32,8 +32,10 @@ RIVALS = {
     "compile": Rival("compile", "torch.compile of the published module"),
     "compile-mean": Rival("compile mean()", "torch.compile of the mean() rewrite"),
     "compile-max": Rival("compile max", "torch.compile of the mean() rewrite, max-autotune"),
-    "onnxruntime": Rival("ONNX Runtime", "onnxruntime on the exported published module"),
-    "openvino": Rival("OpenVINO", "OpenVINO on the exported published module, computing in float32"),
+    "onnxruntime": Rival(
+        "ONNX Runtime", "the published module exported to onnxruntime; float32 NCHW inference on a CPU only"
+    ),
+    "openvino": Rival("OpenVINO", "the same ONNX file, computed in float32; NCHW inference on a CPU only"),
 }
 COMPILED = ("compile", "compile-mean", "compile-max")
 FOREIGN = ("onnxruntime", "openvino")
@@ -42,13 +44,10 @@ DEFAULT_RIVALS = ("eager", "compile", "compile-mean", "onnxruntime", "openvino")
 Function = Callable[[Tensor], Tensor]
 
 
-def why_not(name: str, case: Case) -> str:
-    """Why a rival does not take part in a case; empty where it does."""
-    if name not in FOREIGN:
-        return ""
-    if case.mode != "eval" or case.device != "cpu" or case.dtype != "float32" or case.layout != "nchw":
-        return "takes part in float32 NCHW inference on a CPU only"
-    return ""
+def takes_part(name: str, case: Case) -> bool:
+    """The foreign runtimes only take part in what they are made for."""
+    plain_inference = (case.mode, case.device, case.dtype, case.layout) == ("eval", "cpu", "float32", "nchw")
+    return name not in FOREIGN or plain_inference
 
 
 def ours(plain: nn.Module, case: Case) -> nn.Module:

@@ -1,12 +1,13 @@
 """Decides what a run measures, in which process, and what it leaves out."""
 
+import itertools
 from dataclasses import asdict, dataclass
 
 from bench import networks
 from bench.cases import Case
 from bench.instances import Effort
 from bench.lab import Jobs
-from bench.rivals import COMPILED
+from bench.rivals import COMPILED, takes_part
 from bench.timing import LARGE_OUTPUT
 from bench.whole_network import NetworkCase
 
@@ -76,8 +77,10 @@ def plan(options) -> tuple[list[Jobs], list[str]]:
     efforts = QUICK if options.quick else FULL
     labs = [Jobs(threads, pages) for threads in options.threads for pages in ("plain", "fresh", "kept")]
     left_out = []
+    order = itertools.count()
 
     def add(pages: tuple[str, ...], job: dict) -> None:
+        job |= {"expected": expected(job), "order": next(order)}
         for lab in labs:
             if lab.pages in pages:
                 lab.jobs.append(job)
@@ -92,7 +95,11 @@ def plan(options) -> tuple[list[Jobs], list[str]]:
         chosen = cases(options)
         compiled = compiled_cases(chosen, options.compile_shapes)
         for case in chosen:
-            rivals = [name for name in options.rivals if name not in COMPILED or case in compiled]
+            rivals = [
+                name
+                for name in options.rivals
+                if takes_part(name, case) and (name not in COMPILED or case in compiled)
+            ]
             add(
                 pages_for(case.output_bytes, options.device),
                 {
@@ -104,18 +111,16 @@ def plan(options) -> tuple[list[Jobs], list[str]]:
             )
         wanted = any(name in COMPILED for name in options.rivals)
         if wanted and len(compiled) < len(chosen):
+            how_many = f"{len(chosen) - len(compiled)} of {len(chosen)}"
             left_out.append(
-                f"torch.compile on {len(chosen) - len(compiled)} of {len(chosen)} cases, to save time "
-                "(--compile-shapes 99 --budget 0 for all)"
+                f"torch.compile on {how_many} cases, to save time (--compile-shapes 99 --budget 0 for all)"
             )
     return [lab for lab in labs if lab.jobs], left_out
 
 
-def estimate(lab: Jobs) -> float:
-    """Seconds a lab is expected to take: only its share of the budget depends on this."""
-    seconds = 3.0
-    for job in lab.jobs:
-        train = job["case"]["mode"] == "train"
-        seconds += job["effort"]["seconds"] + (6.0 if train and job["kind"] == "network" else 1.0)
-        seconds += sum(name in COMPILED for name in job["rivals"]) * (5.0 if train else 2.0)
-    return seconds
+def expected(job: dict) -> float:
+    """Seconds a job takes on an idle machine, compiling included; shares of the budget follow it."""
+    train = job["case"]["mode"] == "train"
+    setup = (6.0 if train else 2.0) if job["kind"] == "network" else 0.7
+    compiled = sum(name in COMPILED for name in job["rivals"])
+    return setup + job["effort"]["seconds"] + compiled * (5.0 if train else 2.0)

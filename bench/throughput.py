@@ -54,7 +54,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"whose CoordAtt calls to measure: {', '.join(networks.NETWORKS)} or all (default mobilenetv2)",
     )
     what.add_argument(
-        "--shape", nargs="+", type=shape, metavar="N,C,H,W", help="measure these shapes, not a network's"
+        "--shape",
+        nargs="+",
+        type=shape,
+        metavar="N,C,H,W",
+        help="measure these shapes, not a network's at --batch",
     )
     what.add_argument(
         "--batch", nargs="+", type=int, default=[1, 32], metavar="N", help="batch sizes (default 1 32)"
@@ -137,7 +141,7 @@ def say(text: str) -> None:
 def headline(result: dict) -> str:
     """One line of progress for a finished job."""
     if result["kind"] == "skipped":
-        return "no time left"
+        return "skipped, no time left"
     took = f"[{result['took']:.0f} s]"
     if result["kind"] == "network":
         if not result["images_per_second"]:
@@ -162,12 +166,16 @@ def measure(options: argparse.Namespace) -> tuple[list[dict], list[str]]:
     for index, jobs in enumerate(labs):
         if options.budget:
             remaining = max(1.0, options.budget - (time.perf_counter() - begun))
-            expected = [schedule.estimate(later) for later in labs[index:]]
+            expected = [sum(job["expected"] for job in later.jobs) for later in labs[index:]]
             jobs.seconds = remaining * expected[0] / sum(expected)
         say(f"{jobs.threads} threads, {jobs.pages} pages: {len(jobs.jobs)} measurements")
-        for number, result in enumerate(lab.run(jobs), 1):
-            results.append(result)
-            say(f"  {number}/{len(jobs.jobs)} {headline(result)}")
+        try:
+            for number, result in enumerate(lab.run(jobs), 1):
+                results.append(result)
+                say(f"  {number}/{len(jobs.jobs)} {headline(result)}")
+        except RuntimeError as error:
+            say(f"  {error}")
+            results.append({"kind": "died", "text": f"{error} ({jobs.pages} pages, {jobs.threads} threads)"})
     return results, left_out
 
 
@@ -177,12 +185,13 @@ def main(arguments: list[str] | None = None) -> int:
     facts = machine.describe(options.device)
     say(f"coordatt_fast {coordatt_fast.__version__} benchmark")
     results, left_out = measure(options)
-    text = report.whole(facts, results, left_out)
     folder = options.out or Path("bench/results") / f"{facts['date'][:10]}-{machine.slug(facts)}"
     settings = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
     }
-    report.write(folder, facts, settings, results, text)
+    report.write(folder, facts, settings, results)
+    text = report.whole(facts, results, left_out)
+    (folder / "report.txt").write_text(text)
     plot.speedups(results, folder / "speedup.png", machine.line(facts))
     print(text)
     print(

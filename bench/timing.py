@@ -29,14 +29,9 @@ PAGES: dict[str, dict[str, str]] = {
         "MALLOC_TOP_PAD_": str(64 << 20),
     },
 }
-PAGES_MEANING = {
-    "plain": "plain malloc",
-    "fresh": "fresh pages (blocks from 16 MB up are mapped anew each call, as plain malloc does from 32 MB)",
-    "kept": "kept pages (malloc returns nothing to the system)",
-}
 PAGES_SHORT = {"plain": "plain malloc", "fresh": "fresh pages", "kept": "kept pages"}
 LARGE_OUTPUT = 16_000_000  # bytes; above it, fresh and kept pages are measured apart
-LONG_CALL = 0.05  # seconds; a call this long needs no warm-up block of its own in every round
+LONG_BLOCK = 0.05  # seconds; a block this long needs no warm-up block of its own in every round
 
 
 class Contestant(Protocol):
@@ -114,13 +109,13 @@ class Race:
         )
 
 
-def calls_per_block(contestant: Contestant, block: float) -> int:
-    """How many calls fill ``block`` seconds; found by doubling, which warms the contestant up as well."""
+def calls_per_block(contestant: Contestant, block: float) -> tuple[int, float]:
+    """How many calls fill ``block`` seconds, and what they took; finding out warms the contestant up."""
     calls = 1
     while True:
         took = contestant.run(calls)
         if took >= block or calls >= 1 << 20:
-            return calls
+            return calls, took
         calls = max(calls * 2, int(calls * min(block / max(took, 1e-9), 100) * 1.1))
 
 
@@ -128,10 +123,10 @@ def race(
     contestants: Mapping[str, Contestant],
     *,
     rounds: int = 15,
-    least_rounds: int = 5,
+    least_rounds: int = 3,
     block: float = 0.005,
     limit: float = float("inf"),
-    warm_up: int = 2,
+    warm_up: int = 1,
     seed: int = 0,
 ) -> Race:
     """Time the contestants against each other.
@@ -143,6 +138,7 @@ def race(
     shuffler = random.Random(seed)
     order = list(contestants)
     result = Race({name: [] for name in order})
+    short: dict[str, bool] = {}
     began = time.perf_counter()
     collecting = gc.isenabled()
     gc.collect()
@@ -150,7 +146,8 @@ def race(
     try:
         for name, contestant in contestants.items():
             contestant.run(warm_up)
-            result.calls[name] = calls_per_block(contestant, block)
+            result.calls[name], took = calls_per_block(contestant, block)
+            short[name] = took < LONG_BLOCK
             time.sleep(contestant.rest)
         for index in range(rounds):
             if index >= least_rounds and time.perf_counter() - began > limit:
@@ -159,7 +156,7 @@ def race(
             for name in order:
                 contestant, calls = contestants[name], result.calls[name]
                 time.sleep(contestant.rest)
-                if index == 0 or result.rounds[name][-1] < LONG_CALL:
+                if short[name]:
                     contestant.run(calls)
                 result.rounds[name].append(contestant.run(calls) / calls)
                 time.sleep(contestant.rest)

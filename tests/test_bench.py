@@ -155,7 +155,7 @@ def test_failed_check_suppresses_the_speed(mode):
     result = instances.measure(
         case, ["eager"], instances.Runtimes(1), schedule.QUICK.instance, lambda: (Broken(plain), plain)
     )
-    result |= {"threads": 1, "pages": "plain"}
+    result |= {"threads": 1, "pages": "plain", "order": 0}
     assert not result["checks"]["ours"]["passed"]
     assert result["seconds"] == {} and result["speedup"] == {}
     text = report.instance_tables([result])
