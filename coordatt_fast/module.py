@@ -88,12 +88,15 @@ class CoordAtt(nn.Module):
 
 
 class _Scriptable(nn.Module):
-    """What torch.jit.script compiles in place of a CoordAtt: the reference over the same children."""
+    """What torch.jit.script compiles in place of a CoordAtt: the reference over the same children.
+
+    Without the pools, which do not compile and have no state.
+    """
 
     def __init__(self, module: CoordAtt) -> None:
         super().__init__()
-        for name, child in module.named_children():
-            self.add_module(name, child)
+        for name in ("conv1", "bn1", "act", "conv_h", "conv_w"):
+            self.add_module(name, getattr(module, name))
         self.skip = module.skip
         self.training = module.training
 

@@ -185,7 +185,8 @@ def is_eager(x) -> bool:
 
 
 def autocast(x: Tensor) -> bool:
-    return _is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and _is_autocast_enabled(kind)
 
 
 def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
