@@ -322,6 +322,7 @@ void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& ru
     int64_t seen = ++*(int64_t*)num_batches_tracked->mutable_data_ptr();
     if (!momentum) factor = 1.0 / (double)seen;
   }
+  if (rows == 0) return;
   auto update = [&](const MaybeTensor& running, const Tensor& batch, double scale, const char* name) {
     if (!running) return;
     CHECK(running->is_cpu() && running->dim() == 1 && running->numel() == batch.numel(), name, " must be [M] on the CPU");

@@ -85,7 +85,7 @@ struct MixBackward {
         mix.dot(d);
         ActArgs a{};
         a.z = at(b.saved.squeezed, r.first * m, bytes);
-        a.scale = middle.scale; a.shift = middle.shift; a.mean = b.saved.mean;
+        a.scale = middle.scale; a.shift = middle.shift; a.mean = middle.mean;
         a.y = at(y, r.first * m, bytes);
         a.dy = d.out;
         a.sum_du = sums + i * 2 * m;
@@ -130,7 +130,7 @@ struct MixBackward {
       int64_t r0 = begin * block, r1 = end * block < rows ? end * block : rows;
       NormArgs a{};
       a.z = at(b.saved.squeezed, r0 * m, bytes);
-      a.mean = b.saved.mean;
+      a.mean = (void*)middle.mean;
       a.du = at(dz, r0 * m, bytes);
       a.scale = scale; a.offset = offset; a.slope = slope;
       a.rows = r1 - r0; a.m = m;
@@ -245,7 +245,8 @@ void backward(const BackwardArgs& b, const Threads& all_threads) {
   int64_t ds_bytes = Scratch::round(s.rows() * s.c * bytes), z_bytes = Scratch::round(s.rows() * s.m * bytes);
   int64_t m_bytes = Scratch::round(s.m * bytes), sums_bytes = Scratch::round(blocks * 2 * s.m * 8);
   Scratch scratch(Middle::scratch_bytes(b) + ds_bytes + 2 * z_bytes + sums_bytes + 2 * m_bytes);
-  Middle middle(b, k, scratch, b.norm == Norm::none ? nullptr : b.saved.mean, b.saved.var, true);
+  Middle middle(b, k, scratch, b.norm == Norm::none ? nullptr : b.saved.mean,
+                b.norm == Norm::none ? nullptr : b.saved.var, true);
   void* ds = scratch.bytes(ds_bytes);
   void* dz = scratch.bytes(z_bytes);
   void* y = scratch.bytes(z_bytes);

@@ -95,6 +95,7 @@ void squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const
     a.y = at(y, r0 * m, bytes);
     a.scale = middle.scale;
     a.shift = middle.shift;
+    a.mean = middle.mean;
     a.rows = r1 - r0;
     a.m = m;
     a.activation = f.activation;
@@ -147,7 +148,8 @@ void train(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads
     n.rows = s.rows();
     n.m = s.m;
     mix.stats(n);
-    fold_norm(f, k, f.saved.mean, f.saved.var, middle.scale, middle.shift);
+    middle.mean = f.saved.mean;
+    fold_scale(f, k, f.saved.var, middle.scale);
   }
   Scratch scratch(Scratch::round(s.rows() * s.m * bytes) + act_scratch_bytes(s.m));
   ActArgs a{};
@@ -155,6 +157,7 @@ void train(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads
   a.y = scratch.bytes(s.rows() * s.m * bytes);
   a.scale = middle.scale;
   a.shift = middle.shift;
+  a.mean = middle.mean;
   a.rows = s.rows();
   a.m = s.m;
   a.activation = f.activation;

@@ -171,8 +171,8 @@ COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) {
         Vec<A> t = product(j * n, j == NV - 1);
-        column[j] += t * ah;
-        row += t * aw[j];
+        column[j] = fma(t, ah, column[j]);
+        row = fma(t, aw[j], row);
       }
       store(parts + h * stride, row);
     }
@@ -182,8 +182,8 @@ COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int
       Vec<A> ah = splat(gate_h[h]), row = {};
       for (int64_t w = 0; w <= last; w += n) {
         Vec<A> t = product(w, w == last);
-        row += t * load(gate_w + w);
-        store(columns + w, h ? load(columns + w) + t * ah : t * ah);
+        row = fma(t, load(gate_w + w), row);
+        store(columns + w, h ? fma(t, ah, load(columns + w)) : t * ah);
       }
       store(parts + h * stride, row);
     }
@@ -243,8 +243,8 @@ COORDATT_INLINE void reduce_channels(const PlaneArgs& a, int64_t c) {
           const X* g = (const X*)a.grad + pixel * a.grad_step + c + j * n;
           A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c + j * n;
           Vec<A> t = get(g) * get(x);
-          row[j] += t * get((const A*)a.gates.w + w * a.gates.ld + c + j * n);
-          put(column, h ? get(column) + t * ah[j] : t * ah[j]);
+          row[j] = fma(t, get((const A*)a.gates.w + w * a.gates.ld + c + j * n), row[j]);
+          put(column, h ? fma(t, ah[j], get(column)) : t * ah[j]);
         }
       }
       for (int j = 0; j < vectors; ++j) {

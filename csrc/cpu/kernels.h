@@ -52,13 +52,12 @@ struct AxpyArgs {
   bool sigmoid, accumulate;
 };
 
-// y = activation(scale * z + shift) over [rows, M]; backward also takes dy and gives du and the sums BN needs.
+// y = activation(u), u = scale * (z - mean) + shift, over [rows, M]; backward also takes dy and gives du and BN's sums.
 struct ActArgs {
   const void* z;
-  const void* scale; const void* shift;  // [M]
-  void* y;                               // or null
+  const void* scale; const void* shift; const void* mean;  // [M]
+  void* y;
   void* dy;                              // backward: in dy, out du
-  const void* mean;                      // backward: [M]
   double* sum_du; double* sum_du_dev;    // backward: [M] each, added to: sums of du and of du * (z - mean)
   int64_t rows, m;
   Activation activation;

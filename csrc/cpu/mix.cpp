@@ -24,7 +24,7 @@ void dot(const DotArgs& d) {
         for (int i = 0; i < MR; ++i) av[i] = load(a[i] + c, cut...);
         for (int j = 0; j < MM; ++j) {
           Vec<A> bv = load(b[j] + c, cut...);
-          for (int i = 0; i < MR; ++i) acc[i * MM + j] += av[i] * bv;
+          for (int i = 0; i < MR; ++i) acc[i * MM + j] = fma(av[i], bv, acc[i * MM + j]);
         }
       };
       for (int64_t c = 0; c < full; c += n) step(c);
@@ -55,9 +55,9 @@ COORDATT_INLINE void axpy_tile(const AxpyArgs& x, int64_t i, int64_t c, const Ta
     for (int j = 0; j < vectors; ++j) bv[j] = get(b + j * n);
 #pragma GCC unroll 8
     for (int r = 0; r < IR; ++r) {
-      A s = a[r * x.a_row];
+      Vec<A> s = splat(a[r * x.a_row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) acc[r][j] += s * bv[j];
+      for (int j = 0; j < vectors; ++j) acc[r][j] = fma(s, bv[j], acc[r][j]);
     }
   }
   A* out = (A*)x.out + i * x.ldo + c;
@@ -152,17 +152,18 @@ COORDATT_INLINE void act_as(const ActArgs& a) {
   const int64_t count = a.rows * a.m, period = a.m * n;
   A* scale = (A*)a.scratch;
   A* shift = scale + period;
+  A* mean = shift + period;
   repeat<A>(a.scale, a.m, scale);
   repeat<A>(a.shift, a.m, shift);
+  repeat<A>(a.mean, a.m, mean);
   const A* z = (const A*)a.z;
   A* y = (A*)a.y;
+  auto part = [&](int64_t i, int64_t j, auto... cut) __attribute__((always_inline)) {
+    store(y + i, activate<F>(fma(load(z + i, cut...) - load(mean + j), load(scale + j), load(shift + j))), cut...);
+  };
   int64_t i = 0, j = 0;
-  for (; i + n <= count; i += n, j = j + n == period ? 0 : j + n)
-    store(y + i, activate<F>(load(z + i) * load(scale + j) + load(shift + j)));
-  if (i < count) {
-    Tail<A> tail(count - i);
-    store(y + i, activate<F>(load(z + i, tail) * load(scale + j) + load(shift + j)), tail);
-  }
+  for (; i + n <= count; i += n, j = j + n == period ? 0 : j + n) part(i, j);
+  if (i < count) part(i, j, Tail<A>(count - i));
 }
 
 template <Activation F, class A>
@@ -182,12 +183,12 @@ COORDATT_INLINE void act_backward_as(const ActArgs& a) {
   A* y = (A*)a.y;
   A* dy = (A*)a.dy;
   auto part = [&](int64_t i, int64_t j, auto... cut) __attribute__((always_inline)) {
-    Vec<A> zv = load(z + i, cut...), u = zv * load(scale + j) + load(shift + j);
+    Vec<A> dev = load(z + i, cut...) - load(mean + j), u = fma(dev, load(scale + j), load(shift + j));
     Vec<A> du = activate_backward<F>(u, load(dy + i, cut...));
     store(dy + i, du, cut...);
     store(y + i, activate<F>(u), cut...);
     store(sum + j, load(sum + j, cut...) + du, cut...);
-    store(sum_dev + j, load(sum_dev + j, cut...) + du * (zv - load(mean + j)), cut...);
+    store(sum_dev + j, fma(du, dev, load(sum_dev + j, cut...)), cut...);
   };
   int64_t i = 0, j = 0;
   for (; i + n <= count; i += n, j = j + n == period ? 0 : j + n) part(i, j);
@@ -271,10 +272,14 @@ void sum_rows(const void* a, int64_t lda, int64_t rows, int64_t c0, int64_t c1, 
     Tail<A> tail(min_of<int64_t>(n, c1 - c));
     const A* p = (const A*)a + c;
     Vec<A> total = {};
-    for (int64_t r = 0; r < rows;) {  // partial sums of 256 rows keep the rounding error down
-      Vec<A> sum = {};
-      for (int64_t end = min_of<int64_t>(r + 256, rows); r < end; ++r) sum += load(p + r * lda, tail);
-      total += sum;
+    for (int64_t r = 0; r < rows;) {  // sums of 16 rows, of 16 such sums, and of those: as exact as a pairwise sum
+      Vec<A> middle = {};
+      for (int64_t end = min_of<int64_t>(r + 256, rows); r < end;) {
+        Vec<A> sum = {};
+        for (int64_t stop = min_of<int64_t>(r + 16, end); r < stop; ++r) sum += load(p + r * lda, tail);
+        middle += sum;
+      }
+      total += middle;
     }
     store((A*)out + c, total, tail);
   }

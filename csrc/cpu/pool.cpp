@@ -225,7 +225,7 @@ COORDATT_INLINE void spread_plane(const X* grad, X* dx, int64_t height, int64_t 
     if (GRAD) {
       prefetch(grad + w + ahead);
       Vec<A> g = cut ? load(grad + w, tail) : load(grad + w);
-      v += g * aw * ah;
+      v = fma(g * aw, ah, v);
       if (skip) v += g;
     }
     if (cut) store(dx + w, v, tail); else store(dx + w, v);
@@ -267,7 +267,7 @@ COORDATT_OUTLINE void spread_flat(const PlaneArgs& a, int64_t c, int64_t count, 
       prefetch(grad + e + prefetch_bytes / sizeof(X));
       vfloat g = load(grad + e, cut...);
       vfloat v = pw[w] + ph[r];
-      v += g * aw[w] * ah[r];
+      v = fma(g * aw[w], ah[r], v);
       if (a.skip) v += g;
       store(dx + e, v, cut...);
     };
@@ -338,11 +338,11 @@ void spread_nhwc(const PlaneArgs& a) {
       const A* ah = (const A*)a.gates.h + h * a.gates.ld;
       const A* aw = (const A*)a.gates.w + w * a.gates.ld;
       auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
-        Vec<A> v = load(ph + c, cut...) * by_w + load(pw + c, cut...) * by_h;
+        Vec<A> v = fma(load(ph + c, cut...), splat(by_w), load(pw + c, cut...) * by_h);
         if (a.grad) {
           prefetch(g + c + ahead);
           Vec<A> gv = load(g + c, cut...);
-          v += gv * load(aw + c, cut...) * load(ah + c, cut...);
+          v = fma(gv * load(aw + c, cut...), load(ah + c, cut...), v);
           if (a.skip) v += gv;
         }
         store(dx + c, v, cut...);

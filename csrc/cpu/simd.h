@@ -21,6 +21,7 @@
 #elif defined(COORDATT_SIMD_NEON)
 #define COORDATT_LEVEL neon
 #define COORDATT_VBYTES 16
+#include <arm_neon.h>
 #else
 #define COORDATT_LEVEL baseline
 #define COORDATT_VBYTES 16
@@ -134,6 +135,31 @@ template <class H> COORDATT_INLINE void store(H* p, vfloat v) { *(vhalf_u*)p = n
 
 COORDATT_INLINE vfloat splat(float a) { return a - (vfloat){}; }
 COORDATT_INLINE vdouble splat(double a) { return a - (vdouble){}; }
+
+// a * b + c in one rounding where the level has it. The compiler contracts nothing by itself (-ffp-contract=off): whether
+// it would depends on the code around, and with it the last bit on how the work was cut.
+COORDATT_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
+#if defined(COORDATT_SIMD_AVX512)
+  return (vfloat)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(COORDATT_SIMD_AVX2)
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(COORDATT_SIMD_NEON)
+  return (vfloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+COORDATT_INLINE vdouble fma(vdouble a, vdouble b, vdouble c) {
+#if defined(COORDATT_SIMD_AVX512)
+  return (vdouble)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(COORDATT_SIMD_AVX2)
+  return (vdouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(COORDATT_SIMD_NEON)
+  return (vdouble)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 // The first k lanes of a vector (0 <= k <= lanes), made once for a row length.
 template <class A> struct Tail {
@@ -313,18 +339,18 @@ COORDATT_INLINE vfloat exp(vfloat x) {
   x = x > hi ? hi : x;
   x = x < lo ? lo : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  vfloat t = x * 1.44269504088896341f + magic;
+  vfloat t = fma(x, splat(1.44269504088896341f), splat(magic));
   vint n = (vint)t - 0x4b400000;
   vfloat k = t - magic;
-  vfloat r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
+  vfloat r = fma(k, splat(-0.693359375f), x);
+  r = fma(k, splat(2.12194440e-4f), r);
   vfloat p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
   vint low = n < -127;
   n = (n & ~low) | (-127 & low);
   vint high = n > 128;
@@ -345,10 +371,9 @@ template <class V> COORDATT_INLINE V sigmoid(V x) { return 1.0f / (1.0f + exp(-x
 COORDATT_INLINE vfloat sigmoid(vfloat x) {
   vfloat d = 1.0f + exp(-x);
   vfloat r = (vfloat)_mm512_rcp14_ps((__m512)d);
-  vfloat e = 1.0f - d * r;
-  vfloat s = r + r * e;
-  e = 1.0f - d * s;
-  s = s + s * e;
+  const vfloat one = splat(1.0f);
+  vfloat s = fma(r, fma(-d, r, one), r);
+  s = fma(s, fma(-d, s, one), s);
   vint inf = d > 3e38f;  // 1/inf: the Newton step would make inf * 0
   return (vfloat)((vint)s & ~inf);
 }

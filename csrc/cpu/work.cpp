@@ -93,36 +93,41 @@ void load_param(const Kernels& k, DType acc, const Param& p, int64_t count, void
   else k.map[(int)p.dtype].to_acc(p.data, to, count);
 }
 
+namespace {
+
+DType acc_of(const Call& call) { return call.dtype == DType::f64 ? DType::f64 : DType::f32; }
+
 template <class A>
-static void fold(const Call& call, const Kernels& k, const A* mean, const A* var, A* scale, A* shift) {
-  int64_t m = call.shape.m;
-  DType acc = call.dtype == DType::f64 ? DType::f64 : DType::f32;
-  if (call.params.bn_weight) load_param(k, acc, call.params.bn_weight, m, scale);
-  else for (int64_t i = 0; i < m; ++i) scale[i] = 1;
-  if (call.params.bn_bias) load_param(k, acc, call.params.bn_bias, m, shift);
-  else for (int64_t i = 0; i < m; ++i) shift[i] = 0;
-  if (!mean) return;
-  for (int64_t i = 0; i < m; ++i) {
-    scale[i] *= A(1) / (A)sqrt(var[i] + (A)call.params.eps);
-    shift[i] -= mean[i] * scale[i];
-  }
+void fill(A* to, int64_t count, A value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
 }
 
-void fold_norm(const Call& call, const Kernels& k, const void* mean, const void* var, void* scale, void* shift) {
-  if (call.dtype == DType::f64) fold(call, k, (const double*)mean, (const double*)var, (double*)scale, (double*)shift);
-  else fold(call, k, (const float*)mean, (const float*)var, (float*)scale, (float*)shift);
+template <class A>
+void fold(const Call& call, const Kernels& k, const A* var, A* scale) {
+  int64_t m = call.shape.m;
+  if (call.params.bn_weight) load_param(k, acc_of(call), call.params.bn_weight, m, scale);
+  else fill(scale, m, A(1));
+  for (int64_t i = 0; var && i < m; ++i) scale[i] /= (A)sqrt(var[i] + (A)call.params.eps);
+}
+
+}  // namespace
+
+void fold_scale(const Call& call, const Kernels& k, const void* var, void* scale) {
+  if (call.dtype == DType::f64) fold(call, k, (const double*)var, (double*)scale);
+  else fold(call, k, (const float*)var, (float*)scale);
 }
 
 int64_t Middle::scratch_bytes(const Call& call) {
   int64_t c = call.shape.c, m = call.shape.m;
-  return (5 * m * c + 2 * c + 3 * m) * acc_bytes(call.dtype) + 10 * 64;
+  return (5 * m * c + 2 * c + 4 * m) * acc_bytes(call.dtype) + 11 * 64;
 }
 
-Middle::Middle(const Call& call, const Kernels& k, Scratch& scratch, const void* mean, const void* var, bool transpose)
-    : expand_h(nullptr), expand_w(nullptr) {
+Middle::Middle(const Call& call, const Kernels& k, Scratch& scratch, const void* known_mean, const void* var,
+               bool transpose)
+    : mean(known_mean), expand_h(nullptr), expand_w(nullptr) {
   const Params& p = call.params;
   int64_t c = call.shape.c, m = call.shape.m, bytes = acc_bytes(call.dtype);
-  DType acc = call.dtype == DType::f64 ? DType::f64 : DType::f32;
+  DType acc = acc_of(call);
   const MixKernels& mix = mix_of(k, call.dtype);
   auto dense = [&](const Param& param, int64_t count) -> void* {
     if (!param || param.dtype == acc) return param.data;
@@ -144,7 +149,12 @@ Middle::Middle(const Call& call, const Kernels& k, Scratch& scratch, const void*
   }
   scale = scratch.bytes(m * bytes);
   shift = scratch.bytes(m * bytes);
-  fold_norm(call, k, mean, var, scale, shift);
+  fold_scale(call, k, var, scale);
+  void* zeros = scratch.bytes(m * bytes);
+  memset(zeros, 0, (size_t)(m * bytes));
+  if (!mean) mean = zeros;
+  if (p.bn_bias) load_param(k, acc, p.bn_bias, m, shift);
+  else memset(shift, 0, (size_t)(m * bytes));
 }
 
 }  // namespace coordatt

@@ -73,7 +73,8 @@ AxisRows image_rows(void* base, const Shape& s, int64_t image, int64_t width, in
 struct Middle {
   void* conv1_weight;              // [M, C]
   void* conv1_bias;                // [M] or null
-  void* scale; void* shift;        // [M] the normalisation as u = scale * z + shift
+  void* scale; void* shift;        // [M] the normalisation as u = scale * (z - mean) + shift
+  const void* mean;                // [M]
   void* conv_h; void* conv_w;      // [C, M]
   void* expand_h; void* expand_w;  // [M, C]: the same transposed, or null where they are transposed as they are used
   void* bias_h; void* bias_w;      // [C] or null
@@ -82,8 +83,8 @@ struct Middle {
   Middle(const Call&, const Kernels&, Scratch&, const void* mean, const void* var, bool transpose);
 };
 
-// scale and shift from statistics; mean and var as above.
-void fold_norm(const Call&, const Kernels&, const void* mean, const void* var, void* scale, void* shift);
+// scale = bn_weight / sqrt(var + eps), or bn_weight where var is null.
+void fold_scale(const Call&, const Kernels&, const void* var, void* scale);
 
 // Copies a parameter into the accumulate type.
 void load_param(const Kernels&, DType acc, const Param&, int64_t count, void* to);
