@@ -1,7 +1,9 @@
-"""Builds coordatt_fast/lib/libcoordatt_fast.so with ninja, or installs pure Python and says why in lib/build.json.
+"""Builds coordatt_fast/lib/libcoordatt_fast.so with ninja, or installs pure Python and says why in
+lib/build.json.
 
-Environment: CXX, MAX_JOBS, DEBUG=1 (-O1 -g), SANITIZE=address,undefined, COORDATT_FAST_NO_BUILD=1 (skip on purpose).
-The library sees only libtorch's stable ABI and no Python, so one build serves every Python and every torch >= 2.11.
+Environment: CXX, MAX_JOBS, DEBUG=1 (-O1 -g), SANITIZE=address,undefined, COORDATT_FAST_NO_BUILD=1 (skip on
+purpose). The library sees only libtorch's stable ABI and no Python, so one build serves every Python and
+every torch >= 2.11.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,11 +27,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "coordatt_fast/__init__.py").read_text()).group(1)
 LIBRARY = "libcoordatt_fast.so"
-TORCH_TARGET = "0x020b000000000000ULL"  # 2.11, the oldest torch whose stable ABI has all that library.cpp uses
+TORCH_TARGET = (
+    "0x020b000000000000ULL"  # 2.11, the oldest torch whose stable ABI has all that library.cpp uses
+)
 
 WARNINGS = ["-Wall", "-Wextra"]
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
-KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti"]
+KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 AVX512_BY_NAME = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), AVX512[1]]
@@ -78,7 +81,11 @@ def find_compiler() -> list[str]:
         command = shlex.split(name)
         if command and shutil.which(command[0]):
             return command
-    raise Skip(f"no C++ compiler: CXX={wanted} was not found" if wanted else "no C++ compiler: none of c++, g++, clang++")
+    raise Skip(
+        f"no C++ compiler: CXX={wanted} was not found"
+        if wanted
+        else "no C++ compiler: none of c++, g++, clang++"
+    )
 
 
 def find_ninja() -> str:
@@ -103,7 +110,9 @@ class Toolchain:
         self.ninja = find_ninja()
         torch = find_torch()
         if torch is None or not (torch[0] / "include/torch/csrc/stable/library.h").exists():
-            raise Skip("no torch >= 2.11 with its headers was found" + (f" (found {torch[1]})" if torch else ""))
+            raise Skip(
+                "no torch >= 2.11 with its headers was found" + (f" (found {torch[1]})" if torch else "")
+            )
         self.torch, self.torch_version = torch
         self.compiler = self.ask("--version").splitlines()[0]
         self.machine = self.ask("-dumpmachine").split("-")[0]
@@ -122,7 +131,9 @@ class Toolchain:
         levels: dict[str, list[str]] = {"baseline": []}
         if self.machine == "x86_64":
             avx512 = AVX512 if self.accepts(AVX512) else AVX512_BY_NAME
-            levels |= {name: flags for name, flags in (("avx2", AVX2), ("avx512", avx512)) if self.accepts(flags)}
+            levels |= {
+                name: flags for name, flags in (("avx2", AVX2), ("avx512", avx512)) if self.accepts(flags)
+            }
         return levels
 
 
@@ -161,10 +172,16 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
     objects: list[str] = []
     lines = [
         "ninja_required_version = 1.3",
+        f"builddir = {escape(str(folder))}",
         f"cxx = {flags(tools.cxx)}",
-        "rule compile\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "  description = compile $out",
-        "rule link\n  command = $cxx -shared $in $flags -o $out\n  description = link $out",
+        "rule link",
+        "  command = $cxx -shared $in $flags -o $out",
+        "  description = link $out",
     ]
 
     def compile_file(source: Path, name: str, parts: list[str]) -> None:
@@ -191,7 +208,14 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
             parts = [*base, *KERNEL, *extra, "-Icsrc", f"-DCOORDATT_SIMD_{level.upper()}"]
             compile_file(source, f"{path.stem}_{level}", parts)
 
-    link = [f"-L{tools.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu", "-lc10"]
+    link = [
+        f"-L{tools.torch / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-Wl,--as-needed",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     sanitize = [flag for flag in mode()[1] if flag.startswith("-fsanitize")]
     link += sanitize or ["-Wl,-z,defs"]
     lines.append(f"build {escape(str(output))}: link {' '.join(objects)}\n  flags = {flags(link)}")
@@ -216,7 +240,12 @@ class BuildLibrary(build_ext):
             print(f"coordatt_fast: no compiled library, pure Python: {tools}")
         else:
             levels = self.compile(tools, lib / LIBRARY)
-            about |= {"torch": tools.torch_version, "compiler": tools.compiler, "simd": list(levels), "mode": mode()[0]}
+            about |= {
+                "torch": tools.torch_version,
+                "compiler": tools.compiler,
+                "simd": list(levels),
+                "mode": mode()[0],
+            }
         (lib / "build.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def compile(self, tools: Toolchain, target: Path) -> dict[str, list[str]]:
@@ -224,7 +253,10 @@ class BuildLibrary(build_ext):
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         output = folder / LIBRARY
         levels = write_ninja(tools, folder, output)
-        print(f"coordatt_fast {VERSION}: {tools.compiler}, torch {tools.torch_version}, SIMD {', '.join(levels)}", flush=True)
+        print(
+            f"coordatt_fast {VERSION}: {tools.compiler}, torch {tools.torch_version}, {', '.join(levels)}",
+            flush=True,
+        )
         jobs = os.environ.get("MAX_JOBS")
         command = [tools.ninja, "-f", str(folder / "build.ninja"), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command, cwd=ROOT).returncode:
@@ -259,9 +291,11 @@ class Wheel(bdist_wheel):
 
 
 def missing_torch() -> list[str]:
-    """torch as a build requirement, where there is a compiler and neither this nor the outer interpreter has one.
+    """torch as a build requirement, where there is a compiler and neither this nor the outer interpreter has
+    one.
 
-    Not in pyproject.toml: an isolated build would then fetch a second torch, perhaps another version than the user's.
+    Not in pyproject.toml: an isolated build would then fetch a second torch, perhaps another version than the
+    user's.
     """
     try:
         find_compiler()

@@ -1,13 +1,21 @@
-"""Coordinate Attention (Hou, Zhou, Feng, CVPR 2021, arXiv 2103.02907), moving the feature map as few times as possible."""
+"""Coordinate Attention (Hou, Zhou, Feng, CVPR 2021, arXiv 2103.02907) in few passes over the feature map.
+
+CoordAtt is the drop-in module, coord_att the function; explain(module, x) tells how a call runs and
+why; backends() and use_backend(name) list and choose what computes it.
+"""
 
 from pathlib import Path
 
 __version__ = "0.1.0"
 
-# The Triton kernels are the top-level folder kernels/ of the repository, installed as coordatt_fast.kernels. In an
-# editable install, and for a Python started in the repository, they are still beside this package.
+# The top-level folder kernels/ installs as coordatt_fast.kernels; in an editable install, and for a Python
+# started in the repository, it is still beside this package.
 _root = Path(__file__).parent.parent
-if not (_root / "coordatt_fast/kernels").exists() and (_root / "kernels").is_dir() and (_root / "csrc").is_dir():
+if (
+    not (_root / "coordatt_fast/kernels").exists()
+    and (_root / "kernels").is_dir()
+    and (_root / "csrc").is_dir()
+):
     __path__.append(str(_root))
 
 from coordatt_fast.backends import backends, use_backend  # noqa: E402

@@ -25,7 +25,11 @@ class Backend:
 def backends() -> dict[str, Backend]:
     """Every backend by name: cpu, cuda, triton, reference."""
     loaded = library.load()
-    cpu = f"compiled library, SIMD level {torch.ops.coordatt_fast.simd_level()}" if loaded.loaded else loaded.reason
+    cpu = (
+        f"compiled library, SIMD level {torch.ops.coordatt_fast.simd_level()}"
+        if loaded.loaded
+        else loaded.reason
+    )
     return {
         "cpu": Backend(loaded.loaded, cpu),
         "cuda": Backend(False, "not part of this version"),
@@ -48,8 +52,8 @@ class _Choice(threading.local):
         self.name = _default
 
 
-# Read at every call: the backend asked for by use_backend in this thread, else by COORDATT_FAST_BACKEND, else auto.
-# The compiler guards on it, as it is an instance attribute.
+# Read at every call: what use_backend asked for in this thread, else COORDATT_FAST_BACKEND, else auto.
+# An instance attribute, because on those the compiler sets a guard.
 choice = _Choice()
 
 
@@ -57,8 +61,8 @@ choice = _Choice()
 def use_backend(name: str) -> Iterator[None]:
     """Within the with block, in this thread, calls use the backend of that name.
 
-    "auto" takes the fastest that can run and falls back; a named one raises RuntimeError in a call it cannot serve.
-    Raises ValueError for an unknown name. Compiled code is compiled again for another choice.
+    "auto" takes the fastest that can run and falls back; a named one raises RuntimeError in a call it cannot
+    serve. Raises ValueError for an unknown name. Compiled code is compiled again for another choice.
     """
     before, choice.name = choice.name, _valid(name, "the name of the backend")
     try:

@@ -1,4 +1,4 @@
-"""What is wrong with the tensors of a call, in words: looked for before a slow tier runs, and after a kernel has refused."""
+"""What is wrong with a call's tensors, in words: before a slow tier runs, and after a kernel has refused."""
 
 import torch
 from torch import Tensor
@@ -29,32 +29,38 @@ def not_a_map(x) -> None:
         raise TypeError(f"x is a {type(x).__name__}, expected a tensor [N, C, H, W]")
 
 
-def parameters(x: Tensor, tensors: tuple, names: tuple, autocast: bool, broadcast: bool = False) -> None:
-    """Raises RuntimeError for the first of the tensors (None: absent) whose shape, device or dtype does not go with x.
+def output(out: Tensor, x: Tensor) -> None:
+    """Raises RuntimeError unless out can take the result of a call on x."""
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        have = f"{list(out.shape)}, {out.dtype} on {out.device}"
+        raise RuntimeError(f"out is {have}, expected as x: {list(x.shape)}, {x.dtype} on {x.device}")
 
-    Under autocast any dtypes go together; with broadcast, so do gates of one channel and maps of one channel.
+
+def parameters(x: Tensor, tensors: tuple, names: tuple, autocast: bool, broadcast: bool = False) -> None:
+    """Raises RuntimeError for the first of the tensors whose shape, device or dtype does not go with x.
+
+    tensors and names are in the order above, an absent tensor is None. Under autocast any dtypes go together;
+    with broadcast, so do gates of one channel and maps of one channel.
     """
-    c = x.shape[1]
+    c, size = x.shape[1], list(x.shape)
     w1, wh = tensors[0], tensors[6]
-    if w1 is not None:
-        if w1.dim() == 4 and w1.shape[1] != c:
-            shapes = f"x has {c} channels (shape {list(x.shape)}), {names[0]} takes {w1.shape[1]} (shape {list(w1.shape)})"
-            raise RuntimeError(shapes)
-    m = w1.shape[0] if w1 is not None else None
-    gates = wh.shape[0] if broadcast and wh is not None and 1 in (c, wh.shape[0]) else c
-    expected = [(m, c, 1, 1), *[(m,)] * 5, *[(gates, m, 1, 1), (gates,)] * 2]
-    for name, tensor, shape in zip(names, tensors, expected, strict=True):
+    if w1.dim() == 4 and w1.shape[1] != c:
+        takes = f"{names[0]} {list(w1.shape)} takes {w1.shape[1]}"
+        raise RuntimeError(f"x has {c} channels (shape {size}), {takes}")
+    m = w1.shape[0]
+    o = wh.shape[0] if broadcast and 1 in (c, wh.shape[0]) else c
+    shapes = [[m, c, 1, 1], [m], [m], [m], [m], [m], [o, m, 1, 1], [o], [o, m, 1, 1], [o]]
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    for name, tensor, shape in zip(names, tensors, shapes):
         if tensor is None:
             continue
-        if len(tensor.shape) != len(shape) or any(e not in (None, n) for e, n in zip(shape, tensor.shape, strict=True)):
-            wanted = ", ".join("M" if size is None else str(size) for size in shape)
-            raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}] for x of shape {list(x.shape)}")
+        if list(tensor.shape) != shape:
+            raise RuntimeError(
+                f"{name} has shape {list(tensor.shape)}, expected {shape} for x of shape {size}"
+            )
         if tensor.device != x.device:
             raise RuntimeError(f"{name} is on {tensor.device}, x is on {x.device}: move one of them")
-        allowed = {x.dtype}
-        if x.dtype in (torch.bfloat16, torch.float16) and len(shape) == 1:
-            allowed.add(torch.float32)
-        if not autocast and tensor.dtype not in allowed:
-            raise RuntimeError(
-                f"{name} is {tensor.dtype}, x is {x.dtype}: convert one of them, or call under torch.autocast for x in half"
-            )
+        wide = half and len(shape) == 1 and tensor.dtype == torch.float32
+        if not (autocast or wide or tensor.dtype == x.dtype):
+            wanted = "convert one of them, or call under torch.autocast for x in half precision"
+            raise RuntimeError(f"{name} is {tensor.dtype}, x is {x.dtype}: {wanted}")

@@ -30,40 +30,49 @@ def coord_att(
     inplace: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Coordinate Attention of x [N, C, H, W] (arXiv 2103.02907, section 3.2), in x's shape, dtype and memory format.
+    """Coordinate Attention of x [N, C, H, W], in x's dtype and memory format (arXiv 2103.02907, section 3.2).
 
-    conv1_weight is [M, C, 1, 1], conv_h_weight and conv_w_weight are [C, M, 1, 1]; biases [M], [C], [C] or None; the
-    normalisation's tensors are [M] or None. Parameters have x's dtype, or float32 for a half x under autocast.
+    conv1_weight is [M, C, 1, 1], conv_h_weight and conv_w_weight are [C, M, 1, 1]; biases [M], [C], [C] or
+    None; the normalisation's tensors are [M] or None. All have x's dtype, or float32 beside a half x under
+    autocast.
 
-    training: normalises with batch statistics and, where running_mean and running_var are given, moves them by momentum
-    (None: the cumulative average, which needs num_batches_tracked); num_batches_tracked is increased by one where given.
-    Without training the running statistics are used; where they are None there is no normalisation.
-    activation: "hard_swish", "silu", "relu" or "relu6". skip: adds x to the result.
+    training: normalises with batch statistics and, where running_mean and running_var are given, moves them
+    by momentum (None: the cumulative average, which needs num_batches_tracked); num_batches_tracked grows by
+    one where given. Without training the running statistics are used; where they are None there is no
+    normalisation.
+    activation: "hard_swish", "silu", "relu" or "relu6".
+    skip: adds x to the result.
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
-    out: a tensor of x's shape, dtype and strides to write the result into; RuntimeError when a gradient is recorded.
+    out: takes the result, in x's shape and dtype; RuntimeError when a gradient is recorded.
 
-    Raises ValueError for an x that is not four-dimensional or an unknown activation, RuntimeError for parameters of
-    other channels, dtype or device than x.
+    Raises ValueError for an x that is not four-dimensional or an unknown activation, RuntimeError for
+    parameters of other channels, dtype or device than x.
     """
     if activation not in _CODES:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_CODES)}")
-    if not training and running_mean is None and not (running_var is None and bn_weight is None and bn_bias is None):
-        raise ValueError("running_mean is None outside training: bn_weight, bn_bias and running_var must be None as well")
+    if not training and running_mean is None:
+        if any(tensor is not None for tensor in (running_var, bn_weight, bn_bias)):
+            raise ValueError("without running_mean outside training, give no running_var, bn_weight, bn_bias")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum is None (the cumulative average), which needs num_batches_tracked")
 
     affine = (conv1_weight, conv1_bias, bn_weight, bn_bias)
     gates = (conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias)
     tensors = (*affine, running_mean, running_var, *gates)
-    why = plan.functional_obstacle(x, affine, (running_mean, running_var), gates)
-    if why is None:
+    if out is not None:
+        checks.output(out, x)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+            raise RuntimeError("out= records no gradient, but an argument requires one: use torch.no_grad()")
+
+    if plan.functional_obstacle(x, tensors) is None:
         norm = ops.NORM_BATCH if training else ops.NORM_NONE if running_mean is None else ops.NORM_GIVEN
         update = training and (running_mean is not None or num_batches_tracked is not None)
+        weights = (*affine, running_mean, running_var, eps, *gates)
+        target = x if inplace else out
         try:
             return ops.attention(
-                x, *affine, running_mean, running_var, eps, *gates, norm, _CODES[activation], skip,
-                num_batches_tracked, momentum, update, x if inplace else out,
-            )  # fmt: skip
+                x, weights, norm, _CODES[activation], skip, num_batches_tracked, momentum, update, target
+            )
         except RuntimeError:
             checks.parameters(x, tensors, checks.FUNCTIONAL_NAMES, plan.autocast(x))
             raise
@@ -73,14 +82,11 @@ def coord_att(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:
-        momentum = 1 / float(num_batches_tracked) if num_batches_tracked is not None else 0.0
+        momentum = 0.0 if num_batches_tracked is None else 1 / float(num_batches_tracked)
     result = reference.coord_att(
         x, *affine, running_mean, running_var, *gates,
         training=training, momentum=momentum, eps=eps, activation=activation, skip=skip,
     )  # fmt: skip
-    if torch.is_grad_enabled() and result.requires_grad:
-        if out is not None:
-            raise RuntimeError("out= cannot record gradients, but an argument requires grad: call under torch.no_grad()")
-        return result
-    target = x if inplace else out
-    return result if target is None else target.copy_(result)
+    if inplace and not (torch.is_grad_enabled() and result.requires_grad):
+        return x.copy_(result)
+    return result if out is None else out.copy_(result)

@@ -20,8 +20,9 @@ FOLDER = Path(__file__).parent / "lib"
 class Library:
     """What became of the compiled library in this process.
 
-    loaded; path of the file; reason, in words, why it is not loaded (empty when it is); build: what setup.py wrote
-    into build.json (version, torch, compiler, platform, simd, mode, or skipped), empty when there is none.
+    loaded; path of the file; reason, in words, why it is not loaded (empty when it is); build: what setup.py
+    wrote into build.json (version, torch, compiler, platform, simd, mode, or skipped), empty when there is
+    none.
     """
 
     loaded: bool
@@ -57,7 +58,9 @@ def load() -> Library:
     if "skipped" in build:
         return Library(False, path, f"installed without the compiled library: {build['skipped']}", build)
     if not path.exists():
-        return Library(False, path, f"{path} does not exist: the package was not built (pip install .)", build)
+        return Library(
+            False, path, f"{path} does not exist: the package was not built (pip install .)", build
+        )
     if build.get("version", __version__) != __version__:
         return Library(False, path, f"{path} is of another version ({_mismatch(build)}): build again", build)
     try:

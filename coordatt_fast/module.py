@@ -9,17 +9,19 @@ from coordatt_fast import ops, plan, reference
 class CoordAtt(nn.Module):
     """Coordinate Attention over x [N, C, H, W] (Hou, Zhou, Feng, CVPR 2021, arXiv 2103.02907, section 3.2).
 
-    Same children, state dict and initialisation as the authors' class. The result has x's shape, dtype and memory
-    format. Children are read at every call: their eps, momentum and training flags, hooks and replacements count;
-    explain(module, x) tells how a call runs.
+    Same children, state dict and initialisation as the authors' class. The result has x's shape, dtype and
+    memory format. The children are read at every call: their eps, momentum and training flags, hooks and
+    replacements count. explain(module, x) tells how a call runs.
 
-    inp, oup: channels of x and of the gates; the result is x times the gates, so they are equal (or one of them 1).
+    inp, oup: channels of x and of the gates, whose product the result is: equal, or one of them 1.
     reduction: the squeezed width is max(8, inp // reduction), or mid_channels where that is given.
-    activation: "hard_swish", "silu", "relu" or "relu6". bias: of the three convolutions. skip: adds x to the result.
+    activation: "hard_swish", "silu", "relu" or "relu6".
+    bias: of the three convolutions.
+    skip: adds x to the result.
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
 
-    A call raises ValueError for an x that is not four-dimensional, NotImplementedError for one that is not of floating
-    dtype, RuntimeError for other channels, dtype or device than the parameters'.
+    A call raises ValueError for an x that is not four-dimensional, NotImplementedError for one that is not of
+    floating dtype, RuntimeError for other channels, dtype or device than the parameters'.
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class CoordAtt(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in plan.ACTIVATION_MODULES:
-            raise ValueError(f"activation is {activation!r}, expected one of {', '.join(plan.ACTIVATION_MODULES)}")
+            names = ", ".join(plan.ACTIVATION_MODULES)
+            raise ValueError(f"activation is {activation!r}, expected one of {names}")
         if mid_channels is None:
             if reduction < 1:
                 raise ValueError(f"reduction is {reduction}, expected at least 1")

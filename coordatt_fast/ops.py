@@ -1,9 +1,9 @@
-"""The compiled operators as PyTorch sees them: shapes, gradients, FLOPs, and the calls from eager and compiled code.
+"""The compiled operators as PyTorch sees them: calls from eager and compiled code, gradients, shapes, FLOPs.
 
-The schemas are csrc/library.cpp's (namespace coordatt_fast). R = N * (H + W) rows, first (n, h), then (n, w): pooled and
-gates are [R, C], squeezed is [R, M], mean and var are [M], in float64 for float64 maps and float32 for all others.
-Eager calls go through an autograd.Function around each op, a third of the cost of a registered formula; the compiler and
-opcheck see the registered formulas. Both run the same code.
+The schemas are csrc/library.cpp's (namespace coordatt_fast). R = N * (H + W) rows, first (n, h), then (n, w):
+pooled and gates are [R, C], squeezed is [R, M], mean and var are [M], float64 for float64 maps and float32
+for all others. Eager calls go through an autograd.Function around each op, a third of the cost of a
+registered formula; the compiler and opcheck see the registered formulas. Both run the same code.
 """
 
 import torch
@@ -18,132 +18,127 @@ NORM_NONE, NORM_GIVEN, NORM_BATCH = 0, 1, 2
 LOADED = library.load().loaded
 _lib = torch.ops.coordatt_fast
 if LOADED:
-    _attend, _attend_out, _attend_train = _lib.attend.default, _lib.attend_out.default, _lib.attend_train.default
-    _attend_backward, _update = _lib.attend_backward.default, _lib.update_running_stats.default
+    _attend, _attend_out = _lib.attend.default, _lib.attend_out.default
+    _attend_train, _attend_backward = _lib.attend_train.default, _lib.attend_backward.default
+    _update = _lib.update_running_stats.default
     _pool, _pool_backward = _lib.pool.default, _lib.pool_backward.default
     _gate, _gate_backward = _lib.gate.default, _lib.gate_backward.default
 
-# Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is wanted.
+# Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is
+# wanted.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
 
-# The whole function -----------------------------------------------------------------------------------------------
+# The whole function -------------------------------------------------------------------------------------------
+
+# weights are attend's arguments after x: conv1's weight and bias, the normalisation's weight, bias, mean and
+# variance (None where absent), eps, conv_h's weight and bias, conv_w's weight and bias.
 
 
-def attention(
-    x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update, out
-):
-    """The fused function of x [N, C, H, W], moving the running statistics where update is true.
+def attention(x, weights, norm, activation, skip, tracked, momentum, update, out):
+    """The fused function of x [N, C, H, W], moving the running statistics (and tracked) where update is true.
 
-    w1, b1, wh, bh, ww, bw are conv1's, conv_h's and conv_w's weight and bias; gamma, beta, mean, var, tracked belong to
-    the normalisation; norm and activation are integer codes. Without a gradient to record the result is written into
-    out where that is given; with one it may only be x, which is then left alone.
+    norm and activation are integer codes. The result is written into out where that is given, unless a
+    gradient is recorded: then out is left alone.
     """
-    if _is_grad_enabled() and (
-        x.requires_grad
-        or w1.requires_grad
-        or wh.requires_grad
-        or ww.requires_grad
-        or (gamma is not None and gamma.requires_grad)
-        or (beta is not None and beta.requires_grad)
-        or (b1 is not None and b1.requires_grad)
-        or (bh is not None and bh.requires_grad)
-        or (bw is not None and bw.requires_grad)
-    ):
-        if out is not None and out is not x:
-            raise RuntimeError("out= cannot record gradients, but an argument requires grad: call under torch.no_grad()")
-        args = (x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update)
-        return _train(*args)[0] if _is_compiling() else _apply(*args)
+    if _is_grad_enabled() and (x.requires_grad or _any_requires_grad(weights)):
+        if _is_compiling():
+            return _train(x, weights, norm, activation, skip, tracked, momentum, update)[0]
+        return _apply(x, *weights, norm, activation, skip, tracked, momentum, update)
     if norm == NORM_BATCH:
         with _below_autograd():
-            result = _train(
-                x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update
-            )[0]
+            result = _train(x, weights, norm, activation, skip, tracked, momentum, update)[0]
         return result if out is None else out.copy_(result)
     if out is None:
-        return _attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip)
-    if out is not x and not _is_compiling() and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        # Written as it is read, the overlap would come out wrong.
-        return out.copy_(_attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip))
-    _attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, out=out)
-    if not _is_compiling() and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # no kernel below autograd does
+        return _attend(x, *weights, activation, skip)
+    return _attend_into(out, x, weights, activation, skip)
+
+
+def _any_requires_grad(weights):
+    for weight in weights:
+        if getattr(weight, "requires_grad", False):
+            return True
+    return False
+
+
+def _attend_into(out, x, weights, activation, skip):
+    compiling = _is_compiling()
+    if not compiling and out is not x and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        # The two may overlap: written while it is read, x would come out wrong.
+        return out.copy_(_attend(x, *weights, activation, skip))
+    _attend_out(x, *weights, activation, skip, out=out)
+    if not compiling and not out.is_inference():
+        torch.autograd.graph.increment_version(out)  # the compiled operator does not
     return out
 
 
-def _train(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update):
+def _train(x, weights, norm, activation, skip, tracked, momentum, update):
     """attend_train's six results, the running statistics moved."""
-    given_mean, given_var = (mean, var) if norm == NORM_GIVEN else (None, None)
-    results = _attend_train(
-        x, w1, b1, gamma, beta, given_mean, given_var, eps, wh, bh, ww, bw, norm, activation, skip
-    )
+    mean, var = weights[4:6]
+    if norm == NORM_BATCH:
+        weights = (*weights[:4], None, None, *weights[6:])
+    results = _attend_train(x, *weights, norm, activation, skip)
     if update:
         _update(mean, var, tracked, results[2], results[4], results[5], momentum)
     return results
 
 
 class _Attend(Function):
-    """Keeps x and what is of size N * C * (H + W) or smaller."""
+    """Keeps x, and beside it only what is of size N * C * (H + W) or smaller."""
 
     @staticmethod
-    def forward(
-        ctx, x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update
-    ):
+    def forward(ctx, x, *args):
+        weights = args[:11]
         with _below_autograd():
-            out, pooled, squeezed, gates, mean, var = _train(
-                x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update
-            )
-        ctx.save_for_backward(x, pooled, squeezed, gates, mean, var, w1, b1, gamma, beta, wh, bh, ww, bw)
-        ctx.settings = (eps, norm, activation, skip)
-        return out
+            results = _train(x, weights, *args[11:])
+        _keep(ctx, x, weights, args[11:14], results)
+        return results[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return (*_attention_gradients(ctx, grad), None, None, None)
+        return *_attention_gradients(ctx, grad), None, None, None
 
 
-# Function.apply without its look for functorch's wrappers: plan.py sends functorch's calls to the reference.
+# Without Function.apply's look for functorch's wrappers (5 us): plan.py sends those to the reference.
 _apply = super(Function, _Attend).apply
 
 
-def _attention_gradients(ctx, grad):
-    """Gradients for attend_train's 15 inputs."""
+def _keep(ctx, x, weights, settings, results):
+    w1, b1, gamma, beta, _, _, eps, wh, bh, ww, bw = weights
+    _, pooled, squeezed, gates, mean, var = results
+    ctx.save_for_backward(x, pooled, squeezed, gates, mean, var, w1, b1, gamma, beta, wh, bh, ww, bw)
+    ctx.settings = (eps, *settings)
+
+
+def _keep_registered(ctx, inputs, output):
+    _keep(ctx, inputs[0], inputs[1:12], inputs[12:], output)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _attention_gradients(ctx, grad, *_):
+    """Gradients for attend_train's 15 inputs; its results but the first have none."""
     x, pooled, squeezed, gates, mean, var, w1, b1, gamma, beta, wh, bh, ww, bw = ctx.saved_tensors
     eps, norm, activation, skip = ctx.settings
     need = ctx.needs_input_grad
+    need = (*need[:5], *need[8:12])
     if _is_grad_enabled() and not _is_compiling():
         inputs = (x, w1, b1, gamma, beta, wh, bh, ww, bw)
-        places = (0, 1, 2, 3, 4, 8, 9, 10, 11)
-        found = _differentiable_gradients(inputs, [need[place] for place in places], grad, mean, var, *ctx.settings)
-        dx, dw1, db1, dgamma, dbeta, dwh, dbh, dww, dbw = found
+        found = _differentiable_gradients(inputs, need, grad, mean, var, *ctx.settings)
     else:
-        needs = (
-            need[0] | need[1] << 1 | need[2] << 2 | need[3] << 3 | need[4] << 4
-            | need[8] << 5 | need[9] << 6 | need[10] << 7 | need[11] << 8
-        )  # fmt: skip
+        needs = 0
+        for bit, needed in enumerate(need):
+            needs |= needed << bit
         with _below_autograd():
-            dx, dw1, db1, dgamma, dbeta, dwh, dbh, dww, dbw = _attend_backward(
-                grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww, norm, activation, skip, needs
-            )
-    return (
-        dx if need[0] else None,
-        dw1 if need[1] else None,
-        db1 if need[2] else None,
-        dgamma if need[3] else None,
-        dbeta if need[4] else None,
-        None,
-        None,
-        None,
-        dwh if need[8] else None,
-        dbh if need[9] else None,
-        dww if need[10] else None,
-        dbw if need[11] else None,
-        None,
-        None,
-        None,
+            found = _attend_backward(
+                grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww,
+                norm, activation, skip, needs,
+            )  # fmt: skip
+    dx, dw1, db1, dgamma, dbeta, dwh, dbh, dww, dbw = (
+        gradient if needed else None for gradient, needed in zip(found, need)
     )
+    return dx, dw1, db1, dgamma, dbeta, None, None, None, dwh, dbh, dww, dbw, None, None, None
 
 
 def _differentiable_gradients(inputs, needed, grad, mean, var, eps, norm, activation, skip):
@@ -162,20 +157,8 @@ def _differentiable_gradients(inputs, needed, grad, mean, var, eps, norm, activa
     return [next(found) if need else None for need in needed]
 
 
-def _keep_for_backward(ctx, inputs, output):
-    """attend_train's setup_context: what _Attend.forward keeps."""
-    x, w1, b1, gamma, beta, _, _, eps, wh, bh, ww, bw, norm, activation, skip = inputs
-    _, *kept = output
-    ctx.save_for_backward(x, *kept, w1, b1, gamma, beta, wh, bh, ww, bw)
-    ctx.settings = (eps, norm, activation, skip)
-    ctx.mark_non_differentiable(*kept)
-
-
-def _attend_train_backward(ctx, grad, *_):
-    return _attention_gradients(ctx, grad)
-
-
-# Pool and gate, for the hybrid tier -------------------------------------------------------------------------------
+# Pool and gate, for the hybrid tier
+# ---------------------------------------------------------------------------
 
 
 def pool(x: Tensor) -> Tensor:
@@ -189,7 +172,8 @@ def pool(x: Tensor) -> Tensor:
 
 
 def gate(x: Tensor, s_h: Tensor, s_w: Tensor, skip: bool) -> Tensor:
-    """reference.gate of x [N, C, H, W], s_h [N, C, H, 1], s_w [N, C, 1, W] in one read and one write, differentiable."""
+    """reference.gate of x, s_h [N, C, H, 1] and s_w [N, C, 1, W] in one read and one write,
+    differentiable."""
     if _is_compiling():
         return _gate(x, s_h, s_w, skip)
     if _is_grad_enabled() and (x.requires_grad or s_h.requires_grad or s_w.requires_grad):
@@ -252,7 +236,8 @@ def _keep_for_gate_backward(ctx, inputs, output):
     ctx.skip = inputs[3]
 
 
-# What the compiler must know --------------------------------------------------------------------------------------
+# What the compiler must know
+# ----------------------------------------------------------------------------------
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -311,7 +296,9 @@ def _convolution_flops(x_shape, w1_shape, *args, out_shape=None, **kwargs) -> in
     return 4 * n * c * w1_shape[0] * (h + w)
 
 
-def _backward_flops(grad_shape, x_shape, pooled, squeezed, gates, mean, var, w1_shape, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(
+    grad_shape, x_shape, pooled, squeezed, gates, mean, var, w1_shape, *args, out_shape=None, **kwargs
+) -> int:
     return 2 * _convolution_flops(x_shape, w1_shape)
 
 
@@ -329,7 +316,7 @@ def _register() -> None:
     }
     for op, fake in fakes.items():
         torch.library.register_fake(op, fake)
-    torch.library.register_autograd(_attend_train, _attend_train_backward, setup_context=_keep_for_backward)
+    torch.library.register_autograd(_attend_train, _attention_gradients, setup_context=_keep_registered)
     torch.library.register_autograd(
         _pool, _pool_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
     )

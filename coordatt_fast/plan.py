@@ -6,7 +6,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, Hardswish, Identity, Module, Parameter, ReLU, ReLU6, SiLU
+from torch.nn import (
+    AdaptiveAvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Hardswish,
+    Identity,
+    Module,
+    Parameter,
+    ReLU,
+    ReLU6,
+    SiLU,
+)
 from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
 from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
 from torch.nn.modules.module import _global_forward_hooks as _hooks
@@ -53,8 +64,9 @@ class Passes(NamedTuple):
 class Plan:
     """How one call of a CoordAtt runs.
 
-    tier: "fused", "hybrid" or "reference"; backend: "cpu" or "reference"; reason, in words; passes: over full-size
-    tensors, "forward" and, where a gradient is recorded, "backward"; bytes: what those passes move for this x.
+    tier: "fused", "hybrid" or "reference"; backend: "cpu" or "reference"; reason, in words; passes: over
+    full-size tensors, "forward" and, where a gradient is recorded, "backward"; bytes: what they move for this
+    x.
     """
 
     tier: str
@@ -71,8 +83,8 @@ class Plan:
 def obstacle(x) -> str | None:
     """Why no compiled operator can take a call on x, whatever else is in it; None when they can.
 
-    Raises what plain PyTorch does for an x that is no feature map, and RuntimeError when a backend was chosen by name
-    and cannot serve the call.
+    Raises what plain PyTorch does for an x that is no feature map, and RuntimeError when a backend was chosen
+    by name and cannot serve the call.
     """
     if type(x) not in _PLAIN:
         checks.not_a_map(x)
@@ -104,66 +116,76 @@ def obstacle(x) -> str | None:
     return why
 
 
-def dtype_obstacle(x: Tensor, convolutions: dict[str, Tensor | None], normalisation: list[Tensor | None]) -> str | None:
+def dtype_obstacle(x: Tensor, tensors: tuple, names: tuple) -> str | None:
     """Why the fused tier leaves this mix of dtypes to the children; None when it does not.
 
-    Raises RuntimeError where plain PyTorch does: the convolutions in another dtype than x, outside autocast.
+    tensors are in the order of checks.MODULE_NAMES. Raises RuntimeError where plain PyTorch does: a
+    convolution in another dtype than x, outside autocast.
     """
     dtype = x.dtype
-    given = {name: tensor.dtype for name, tensor in convolutions.items() if tensor is not None}
-    kinds = set(given.values())
-    norms = {tensor.dtype for tensor in normalisation if tensor is not None}
+    convolutions = {tensor.dtype for tensor in (*tensors[:2], *tensors[6:]) if tensor is not None}
+    norms = {tensor.dtype for tensor in tensors[2:6] if tensor is not None}
     if not _is_autocast_enabled("cpu"):
-        for name, kind in given.items():
-            if kind != dtype:
-                raise RuntimeError(f"x is {dtype} but {name} is {kind}: convert one of them, or call under torch.autocast")
+        if convolutions != {dtype}:
+            checks.parameters(x, tensors, names, autocast=False)
+            return "a bias is in another dtype than its weight"
     elif dtype in (_float32, torch.float64):
-        if kinds != {dtype}:
+        if convolutions != {dtype}:
             return f"x is {dtype} and a convolution is not, under autocast"
     elif dtype != torch.get_autocast_dtype("cpu"):
         return f"x is {dtype}, autocast computes in {torch.get_autocast_dtype('cpu')}"
-    elif not kinds <= {dtype, _float32}:
+    elif not convolutions <= {dtype, _float32}:
         return f"x is {dtype} and a convolution is in neither that nor float32"
     if len(norms) > 1 or not norms <= {dtype, ops.accumulate_dtype(dtype)}:
         return f"x is {dtype} and bn1 is in another dtype"
     return None
 
 
-def functional_obstacle(x, affine: tuple, statistics: tuple, gates: tuple) -> str | None:
-    """Why a call of coord_att goes to the reference; None when it is fused. Raises as the module's call does."""
+def functional_obstacle(x, tensors: tuple) -> str | None:
+    """Why a call of coord_att goes to the reference; None when it is fused. Raises as obstacle does.
+
+    tensors are in the order of checks.FUNCTIONAL_NAMES.
+    """
     if why := obstacle(x):
         return why
-    if not all(type(tensor) in _PLAIN_OR_NONE for tensor in (*affine, *statistics, *gates)):
-        return "a parameter is not a plain tensor"
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_OR_NONE:
+            return "a parameter is not a plain tensor"
     if x.dtype is not _float32 or _is_autocast_enabled("cpu"):
-        convolutions = {"conv1_weight": affine[0], "conv1_bias": affine[1]}
-        convolutions |= dict(zip(("conv_h_weight", "conv_h_bias", "conv_w_weight", "conv_w_bias"), gates, strict=True))
-        return dtype_obstacle(x, convolutions, [*affine[2:], *statistics])
+        return dtype_obstacle(x, tensors, checks.FUNCTIONAL_NAMES)
     return None
 
 
 def _pointwise(d: dict) -> bool:
-    return d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
+    return (
+        d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
+    )
 
 
 def _observed(child: Module | None) -> bool:
     """Whether a call of the child does more than its class says."""
     if child is None or _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return True
-    hooks = child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+    hooks = (
+        child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+    )
     return bool(hooks) or "forward" in child.__dict__
 
 
 def special_pools(module: Module) -> bool:
-    """Whether the pool children have to be called: someone listens to them, or they are not the usual means."""
+    """Whether the pool children have to be called: someone listens to them, or they are not the usual
+    means."""
     return any(
         _observed(child) or type(child) is not AdaptiveAvgPool2d or child.output_size != size
-        for child, size in ((module._modules.get("pool_h"), (None, 1)), (module._modules.get("pool_w"), (1, None)))
+        for child, size in (
+            (module._modules.get("pool_h"), (None, 1)),
+            (module._modules.get("pool_w"), (1, None)),
+        )
     )
 
 
 def check_plain(module: Module, x: Tensor) -> None:
-    """Before a slow tier runs: raises as checks.parameters does, where no child can have a say in shapes and dtypes."""
+    """Raises as checks.parameters does, where no child can have a say in shapes and dtypes."""
     children = [module._modules.get(name) for name in CHILDREN]
     _, _, conv1, bn1, act, conv_h, conv_w = children
     if not is_eager(x) or any(map(_observed, children)) or type(act) not in _CODES:
@@ -190,7 +212,8 @@ def autocast(x: Tensor) -> bool:
 
 
 def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
-    """Whether ops.gate returns what x * sigmoid(s_w) * sigmoid(s_h) does: no other broadcasting, no promotion."""
+    """Whether ops.gate returns what x * sigmoid(s_w) * sigmoid(s_h) does: no other broadcasting, no
+    promotion."""
     n, c, h, w = x.shape
     kinds = {torch.promote_types(x.dtype, s.dtype) for s in (s_h, s_w)}
     plain = type(s_h) in _PLAIN and type(s_w) in _PLAIN
@@ -200,7 +223,8 @@ def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
 def arguments(module: Module, x) -> tuple | Detour:
     """What ops.attention takes after x when this call is fused; else which tier it takes, and why.
 
-    Every call passes here. It reads instance dictionaries: nn.Module.__getattr__ would cost more than the operator.
+    Every call passes here. It reads instance dictionaries: nn.Module.__getattr__ would cost more than the
+    operator.
     """
     why = obstacle(x)
     if why is not None:
@@ -212,7 +236,12 @@ def arguments(module: Module, x) -> tuple | Detour:
     try:
         for name in CHILDREN:
             d = children[name].__dict__
-            if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+            if (
+                d["_forward_hooks"]
+                or d["_forward_pre_hooks"]
+                or d["_backward_hooks"]
+                or d["_backward_pre_hooks"]
+            ):
                 return Detour(HYBRID, f"{name} has hooks")
             if "forward" in d:
                 return Detour(HYBRID, f"{name} has a forward of its own")
@@ -242,7 +271,11 @@ def arguments(module: Module, x) -> tuple | Detour:
             d = bn1.__dict__
             parameters, buffers = d["_parameters"], d["_buffers"]
             gamma, beta = parameters["weight"], parameters["bias"]
-            mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            mean, var, tracked = (
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+            )
             eps, momentum, training = d["eps"], d["momentum"], d["training"]
             norm = NORM_BATCH if training or mean is None else NORM_GIVEN
             update = training and d["track_running_stats"]
@@ -270,13 +303,12 @@ def arguments(module: Module, x) -> tuple | Detour:
     ):
         return Detour(HYBRID, "a parameter is not a plain tensor")
     if x.dtype is not _float32 or _is_autocast_enabled("cpu"):
-        convolutions = {"conv1.weight": w1, "conv1.bias": b1, "conv_h.weight": wh, "conv_h.bias": bh}
-        convolutions |= {"conv_w.weight": ww, "conv_w.bias": bw}
-        if why := dtype_obstacle(x, convolutions, [gamma, beta, mean, var]):
+        tensors = (w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
+        if why := dtype_obstacle(x, tensors, checks.MODULE_NAMES):
             return Detour(HYBRID, why)
+    weights = (w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw)
     out = x if settings["inplace"] else None
-    skip = settings["skip"]
-    return w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, tracked, momentum, update, out
+    return weights, norm, activation, settings["skip"], tracked, momentum, update, out
 
 
 def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
@@ -304,7 +336,9 @@ def explain(module: Module, x: Tensor) -> Plan:
     else:
         tier, reason = found
     passes = _passes(tier, special_pools(module), module.skip)
-    if not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))):
+    if not (
+        torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+    ):
         del passes["backward"]
     moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
     return Plan(tier, "reference" if tier == REFERENCE else "cpu", reason, passes, moved)

@@ -1,8 +1,8 @@
 """Coordinate Attention in plain PyTorch: the definition that everything else is measured against.
 
-Hou, Zhou, Feng, "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021 (arXiv 2103.02907), section 3.2.
-x is [N, C, H, W]; M is the squeezed width; L = H + W. All of it differentiates twice, works under torch.func and
-exports with dynamic batch and map sizes (the pools are means, not AdaptiveAvgPool2d).
+Hou, Zhou, Feng, "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021 (arXiv 2103.02907),
+section 3.2. x is [N, C, H, W]; M is the squeezed width. All of it differentiates twice, works under
+torch.func and exports with dynamic batch and map sizes (the pools are means, not AdaptiveAvgPool2d).
 """
 
 import torch
@@ -21,14 +21,16 @@ def pool(x: Tensor) -> Tensor:
 
 
 def split(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The squeezed features y [N, M, H + W, 1] as the part of x's rows [N, M, H, 1] and of its columns [N, M, 1, W]."""
-    n, c, h, w = x.shape
+    """The squeezed features y [N, M, H + W, 1] apart: of x's rows [N, M, H, 1], of its columns [N, M, 1,
+    W]."""
+    _, _, h, w = x.shape
     rows, columns = torch.split(y, [h, w], dim=2)
     return rows, columns.transpose(2, 3)
 
 
 def gate(x: Tensor, s_h: Tensor, s_w: Tensor, skip: bool = False) -> Tensor:
-    """x * sigmoid(s_w) * sigmoid(s_h) (+ x with skip), with s_h [N, C, H, 1] and s_w [N, C, 1, W] (equations 7 to 9)."""
+    """x * sigmoid(s_w) * sigmoid(s_h) (+ x with skip), s_h [N, C, H, 1], s_w [N, C, 1, W] (equations 7 to
+    9)."""
     out = x * s_w.sigmoid() * s_h.sigmoid()
     return out + x if skip else out
 
@@ -54,9 +56,9 @@ def coord_att(
 ) -> Tensor:
     """The whole function, [N, C, H, W] -> [N, C, H, W].
 
-    conv1_weight is [M, C, 1, 1]; conv_h_weight and conv_w_weight are [C, M, 1, 1]. With training the normalisation uses
-    batch statistics and moves the running ones (where given) by momentum; without it the running statistics are used,
-    and where both are None there is no normalisation.
+    conv1_weight is [M, C, 1, 1]; conv_h_weight and conv_w_weight are [C, M, 1, 1]. With training the
+    normalisation uses batch statistics and moves the running ones (where given) by momentum; without it the
+    running statistics are used, and where both are None there is no normalisation.
     """
     z = F.conv2d(pool(x), conv1_weight, conv1_bias)
     if training or running_mean is not None:
