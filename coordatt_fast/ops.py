@@ -31,7 +31,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
 
-# The whole function -------------------------------------------------------------------------------------------
+# The whole function --------------------------------------------------------------------------------
 
 # weights are attend's arguments after x: conv1's weight and bias, the normalisation's weight, bias, mean and
 # variance (None where absent), eps, conv_h's weight and bias, conv_w's weight and bias.
@@ -157,8 +157,7 @@ def _differentiable_gradients(inputs, needed, grad, mean, var, eps, norm, activa
     return [next(found) if need else None for need in needed]
 
 
-# Pool and gate, for the hybrid tier
-# ---------------------------------------------------------------------------
+# Pool and gate, for the hybrid tier -----------------------------------------------------------------
 
 
 def pool(x: Tensor) -> Tensor:
@@ -236,8 +235,7 @@ def _keep_for_gate_backward(ctx, inputs, output):
     ctx.skip = inputs[3]
 
 
-# What the compiler must know
-# ----------------------------------------------------------------------------------
+# What the compiler must know ------------------------------------------------------------------------
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
