@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from bench.timing import PAGES
 
+ROOT = Path(__file__).parent.parent
 MALLOC_SETTINGS = tuple(name for setting in PAGES.values() for name in setting)
 
 
@@ -32,9 +34,10 @@ class Jobs:
 
 
 def environment(pages: str) -> dict[str, str]:
-    """This process's environment with the page state set and any other malloc setting removed."""
+    """This process's environment with the page state set, other malloc settings removed, bench importable."""
     kept = {name: value for name, value in os.environ.items() if name not in MALLOC_SETTINGS}
-    return kept | PAGES[pages]
+    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
+    return kept | PAGES[pages] | {"PYTHONPATH": path}
 
 
 def run(jobs: Jobs) -> Iterator[dict]:
