@@ -92,7 +92,8 @@ def find_ninja() -> str:
     if importlib.util.find_spec("ninja"):
         import ninja
 
-        return str(Path(ninja.BIN_DIR) / "ninja")
+        if (program := Path(ninja.BIN_DIR) / "ninja").is_file():
+            return str(program.resolve())
     if found := shutil.which("ninja"):
         return found
     raise Skip("ninja was not found (pip install ninja)")
@@ -240,6 +241,7 @@ class BuildLibrary(build_ext):
             print(f"coordatt_fast: no compiled library, pure Python: {tools}")
         else:
             levels = self.compile(tools, lib / LIBRARY)
+            about["bytes"] = (lib / LIBRARY).stat().st_size
             about |= {
                 "torch": tools.torch_version,
                 "compiler": tools.compiler,

@@ -7,13 +7,14 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parent / "lib"
+NAME = "libcoordatt_fast.so"
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Library:
     """What became of the compiled library in this process.
 
     loaded; path of the file; reason, in words, why it is not loaded (empty when it is); build: what setup.py
-    wrote into build.json (version, torch, compiler, platform, simd, mode, or skipped), empty when there is
-    none.
+    wrote into build.json (version, torch, compiler, platform, simd, mode, bytes, or skipped), else empty.
     """
 
     loaded: bool
@@ -47,13 +47,29 @@ def _mismatch(build: dict) -> str:
     return f"{built}, {build.get('platform', '?')}; {here}, {sys.platform}-{platform.machine()}"
 
 
+def _find() -> Path:
+    """Where the library is, or would be.
+
+    A Python started in the repository imports this package from the source tree; an installed wheel then has
+    the library.
+    """
+    if elsewhere := os.environ.get("COORDATT_FAST_LIBRARY"):
+        return Path(elsewhere)
+    here = Path(__file__).parent / "lib" / NAME
+    if here.with_name("build.json").exists():
+        return here
+    installed = [
+        Path(d.locate_file(f"coordatt_fast/lib/{NAME}")) for d in distributions(name="coordatt_fast")
+    ]
+    return next((path for path in installed if path.with_name("build.json").exists()), here)
+
+
 @functools.cache
 def load() -> Library:
     """Loads the library once per process. Never raises: what went wrong is in the reason."""
     from coordatt_fast import __version__
 
-    elsewhere = os.environ.get("COORDATT_FAST_LIBRARY")
-    path = Path(elsewhere) if elsewhere else FOLDER / "libcoordatt_fast.so"
+    path = _find()
     build = _read_build(path)
     if "skipped" in build:
         return Library(False, path, f"installed without the compiled library: {build['skipped']}", build)
@@ -63,6 +79,10 @@ def load() -> Library:
         )
     if build.get("version", __version__) != __version__:
         return Library(False, path, f"{path} is of another version ({_mismatch(build)}): build again", build)
+    size = path.stat().st_size
+    if build.get("bytes", size) != size:
+        # Loading a file that was cut short would end the process (SIGBUS).
+        return Library(False, path, f"{path} is damaged: it has {size} bytes of {build['bytes']}", build)
     try:
         torch.ops.load_library(path)
     except OSError as error:
