@@ -27,7 +27,7 @@ void reduce(const Call& call, const Kernels& k, const Threads& threads, const Ma
   Pieces pieces(call, threads.count);
   int64_t bytes = acc_bytes(call.dtype);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(s.h, s.w));
+    Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane(call, p, grad, scratch.bytes(0));
@@ -198,7 +198,7 @@ struct MixBackward {
     Pieces pieces(b, threads.count);
     run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
       int64_t dp_bytes = Scratch::round(s.length() * c * bytes);
-      Scratch scratch(dp_bytes + plane_scratch_bytes(s.h, s.w));
+      Scratch scratch(dp_bytes + plane_scratch_bytes(s.h, s.w, s.c));
       void* dp = scratch.bytes(dp_bytes);
       for (int64_t i = end - 1; i >= begin; --i) {  // backwards: what reduce read last is still in cache
         Piece p = pieces[i];
@@ -270,7 +270,7 @@ void pool_backward(const PoolArgs& p, const Threads& all_threads) {
   Pieces pieces(p, threads.count);
   int64_t bytes = acc_bytes(p.dtype), c = p.shape.c;
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(p.shape.h, p.shape.w));
+    Scratch scratch(plane_scratch_bytes(p.shape.h, p.shape.w, p.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       PlaneArgs a = plane(p, pieces[i], Map{}, scratch.bytes(0));
       void* image = at(p.pooled, pieces[i].image * p.shape.length() * c, bytes);

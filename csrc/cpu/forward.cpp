@@ -18,7 +18,7 @@ PlaneArgs plane(const Call& call, const Piece& p, void* scratch) {
 }
 
 void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
-  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w));
+  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
   PlaneArgs a = plane(f, p, scratch.bytes(0));
   a.x = at(f.x.data, p.image * f.x.image, dtype_bytes(f.dtype));
   a.x_step = f.x.step;
@@ -61,7 +61,7 @@ void gate_piece(const ForwardArgs& f, const Kernels& k, const Middle& middle, co
                 const AxisRows& gates) {
   expand(f, k, p, y.h, f.shape.h, middle.conv_h, middle.expand_h, middle.bias_h, gates.h);
   expand(f, k, p, y.w, f.shape.w, middle.conv_w, middle.expand_w, middle.bias_w, gates.w);
-  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w));
+  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
   PlaneArgs a = plane(f, p, scratch.bytes(0));
   int64_t bytes = dtype_bytes(f.dtype);
   a.x = at(f.x.data, p.image * f.x.image, bytes);
@@ -219,7 +219,7 @@ void gate(const GateArgs& g, const Threads& all_threads) {
   Pieces pieces(g, threads.count);
   int64_t size = dtype_bytes(g.dtype), bytes = acc_bytes(g.dtype);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(g.shape.h, g.shape.w));
+    Scratch scratch(plane_scratch_bytes(g.shape.h, g.shape.w, g.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane(g, p, scratch.bytes(0));

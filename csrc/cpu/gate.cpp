@@ -262,9 +262,52 @@ COORDATT_INLINE void reduce_channels(const PlaneArgs& a, int64_t c) {
     }
 }
 
+// The same sums in the same order, walking memory straight through (as the pool does; 256 x 80 x 80: 891 us by blocks).
+template <class X>
+COORDATT_OUTLINE void reduce_through(const PlaneArgs& a) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  const int64_t width = a.c1 - a.c0, last = (width - 1) / n * n;
+  const Tail<A> tail(width - last);
+  A* row = (A*)a.scratch;
+  for (int64_t h = 0; h < a.h; ++h) {
+    const A* ah = (const A*)a.gates.h + h * a.gates.ld + a.c0;
+    A* to = (A*)a.dlogits.h + h * a.dlogits.ld + a.c0;
+    for (int64_t w0 = 0; w0 < a.w; w0 += 64) {
+      const int64_t w1 = min_of<int64_t>(w0 + 64, a.w);
+      for (int64_t w = w0; w < w1; ++w) {
+        const X* x = (const X*)a.x + (h * a.w + w) * a.x_step + a.c0;
+        const X* g = (const X*)a.grad + (h * a.w + w) * a.grad_step + a.c0;
+        const A* aw = (const A*)a.gates.w + w * a.gates.ld + a.c0;
+        A* column = (A*)a.dlogits.w + w * a.dlogits.ld + a.c0;
+        auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
+          Vec<A> t = load(g + c, cut...) * load(x + c, cut...), gate_h = load(ah + c, cut...);
+          store(row + c, fma(t, load(aw + c, cut...), w > w0 ? load(row + c) : Vec<A>{}));
+          store(column + c, h ? fma(t, gate_h, load(column + c, cut...)) : t * gate_h, cut...);
+        };
+        for (int64_t c = 0; c < last; c += n) part(c);
+        part(last, tail);
+      }
+      for (int64_t c = 0; c < width; c += n) {
+        const Tail<A> cut(min_of<int64_t>(n, width - c));
+        Vec<A> v = load(row + c, cut);
+        v = w0 ? load(to + c, cut) + v : Vec<A>{} + v;
+        store(to + c, w1 == a.w ? v * sigmoid_slope(load(ah + c, cut)) : v, cut);
+      }
+    }
+  }
+  for (int64_t w = 0; w < a.w; ++w)
+    for (int64_t c = a.c0; c < a.c1; c += n) {
+      const Tail<A> cut(min_of<int64_t>(n, a.c1 - c));
+      A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c;
+      store(column, load(column, cut) * sigmoid_slope(load((const A*)a.gates.w + w * a.gates.ld + c, cut)), cut);
+    }
+}
+
 template <class X>
 void reduce_nhwc(const PlaneArgs& a) {
   constexpr int n = lanes<Acc<X>>;
+  if (walks_through<X>(a)) return reduce_through<X>(a);
   int64_t c = a.c0;
   for (; c + 4 * n <= a.c1; c += 4 * n) reduce_channels<4, X>(a, c);
   for (; c + n <= a.c1; c += n) reduce_channels<1, X>(a, c);

@@ -30,7 +30,7 @@ struct PlaneArgs {
   AxisRows gates;    // read
   AxisRows dlogits;  // gate_reduce: written
   bool skip = false;
-  void* scratch = nullptr;  // plane_scratch_bytes(h, w)
+  void* scratch = nullptr;  // plane_scratch_bytes
 };
 
 // Out[r, m] = sum over c of a[r, c] * b[m, c] (+ bias[m]); r in [0, rows), m in [0, cols), c in [0, depth).
@@ -109,10 +109,12 @@ inline int64_t padded(int64_t a) { return (a + max_lanes - 1) / max_lanes * max_
 constexpr int64_t short_plane = 24;      // rows up to which a group of planes is summed together (tile.h)
 constexpr int64_t flat_elements = 1024;  // the largest plane walked as one flat run (gate.cpp)
 
-// Four tiles of lanes x H or W, row parts of a plane or a group of short ones, and the flat walk's indices.
-inline int64_t plane_scratch_bytes(int64_t h, int64_t w) {
+// nchw: four tiles of lanes x H or W, row parts of a plane or a group of short ones, and the flat walk's indices; nhwc: up
+// to four lines of channels.
+inline int64_t plane_scratch_bytes(int64_t h, int64_t w, int64_t c) {
   int64_t parts = h <= short_plane ? h * max_lanes : padded(h);
-  return 2 * max_lanes * (padded(h) + padded(w)) * 8 + parts * 64 + 2 * flat_elements * 4;
+  int64_t nchw = 2 * max_lanes * (padded(h) + padded(w)) * 8 + parts * 64 + 2 * flat_elements * 4, nhwc = 4 * padded(c) * 8;
+  return nchw > nhwc ? nchw : nhwc;
 }
 inline int64_t act_scratch_bytes(int64_t m) { return 5 * m * max_lanes * 8; }
 
