@@ -1,0 +1,110 @@
+"""Poisoned memory for every test, seeds, and the fixtures that choose backend, SIMD level and thread count."""
+
+import os
+
+os.environ["COORDATT_FAST_POISON"] = (
+    "1"  # the library's scratch memory starts as NaN; read when the library loads
+)
+
+import statistics
+
+import pytest
+import torch
+
+# torch.empty and its kin come back filled with NaN, so an element nobody wrote cannot look right by luck.
+torch.use_deterministic_algorithms(True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+import tolerances  # noqa: E402
+
+LEVELS = ("baseline", "avx2", "avx512", "neon")
+
+
+def supported_levels():
+    """SIMD levels the compiled library runs on this machine; empty where it is not there."""
+    from coordatt_fast import backends
+
+    if not backends()["cpu"].available:
+        return []
+    found = []
+    for level in LEVELS:
+        try:
+            torch.ops.coordatt_fast.set_simd_level(level)
+        except (RuntimeError, ValueError):
+            continue
+        found.append(level)
+    torch.ops.coordatt_fast.set_simd_level("")
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    if "simd" in metafunc.fixturenames:
+        levels = supported_levels()
+        missing = pytest.param("none", marks=pytest.mark.skip(reason="the compiled library is not available"))
+        metafunc.parametrize("simd", levels or [missing], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    torch.manual_seed(0)
+    torch.set_num_threads(
+        1
+    )  # test_determinism.py shows that more give the same bits; waiting threads cost minutes
+    yield
+    torch.set_num_threads(1)
+    torch._dynamo.reset() if "torch._dynamo" in __import__("sys").modules else None
+    assert torch.are_deterministic_algorithms_enabled(), "a test switched the poison off"
+
+
+@pytest.fixture
+def cpu():
+    """Runs the test on the compiled kernels, by explicit choice: a call they cannot take raises instead of falling back."""
+    from coordatt_fast import backends, use_backend
+
+    entry = backends()["cpu"]
+    if not entry.available:
+        pytest.skip(f"backend cpu: {entry.reason}")
+    with use_backend("cpu"):
+        yield "cpu"
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Each backend that can run here, chosen explicitly."""
+    from coordatt_fast import backends, use_backend
+
+    entry = backends()[request.param]
+    if not entry.available:
+        pytest.skip(f"backend {request.param}: {entry.reason}")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def simd(request, cpu):
+    torch.ops.coordatt_fast.set_simd_level(request.param)
+    assert torch.ops.coordatt_fast.simd_level() == request.param
+    yield request.param
+    torch.ops.coordatt_fast.set_simd_level("")
+
+
+@pytest.fixture(params=[1, 2, 3, 4])
+def threads(request):
+    torch.set_num_threads(request.param)
+    return request.param
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not tolerances.observed:
+        return
+    terminalreporter.section(
+        "error against the truth over plain PyTorch's own, root mean square (median, largest)"
+    )
+    names = sorted({name for _, name in tolerances.observed})
+    for key in sorted({key for key, _ in tolerances.observed}):
+        cells = []
+        for name in names:
+            ratios = tolerances.observed.get((key, name))
+            if ratios:
+                cells.append(f"{name} {statistics.median(ratios):.2f} {max(ratios):.2f}")
+        terminalreporter.write_line(f"{key}: " + ";  ".join(cells))

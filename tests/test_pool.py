@@ -1,0 +1,89 @@
+"""The pool pass alone: row means and column means of x, and its backward."""
+
+import oracle
+import pytest
+import tolerances
+import torch
+from harness import FLOATS, LAYOUTS, draws, feature_map, gradients
+from shapes import AWKWARD, EMPTY, FEW
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+def pool(x):
+    return torch.ops.coordatt_fast.pool(x)
+
+
+def paper_pool(x):
+    rows = torch.nn.functional.adaptive_avg_pool2d(x, (None, 1))
+    columns = torch.nn.functional.adaptive_avg_pool2d(x, (1, None))
+    return torch.cat([rows, columns.permute(0, 1, 3, 2)], dim=2)
+
+
+def check(shape, dtype, layout):
+    n, c, h, w = shape
+    results, plain, truths = [], [], []
+    for seed in draws(shape):
+        g = torch.Generator().manual_seed(seed)
+        x = feature_map(shape, g, dtype, layout)
+        grad = feature_map((n, c, h + w, 1), g, dtype)
+        truths.append(oracle.pool(x, grad))
+        plain.append(gradients(paper_pool, {"x": x}, grad))
+        results.append(gradients(pool, {"x": x}, grad))
+    key = "pool " + str(dtype).removeprefix("torch.")
+    tolerances.check(results, tolerances.Yardstick(truths, [plain]), key=key)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_values_and_gradient(shape, dtype, layout):
+    check(AWKWARD[shape][0], FLOATS[dtype], layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", FEW)
+def test_every_simd_level(shape, layout, simd):
+    for dtype in FLOATS.values():
+        check(AWKWARD[shape][0], dtype, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", FEW)
+def test_each_strip_has_its_own_mean(shape, layout):
+    """Integers small enough that every sum is exact: each strip's mean is known in every bit, and no two are equal."""
+    n, c, h, w = AWKWARD[shape][0]
+    x = torch.zeros(n, c, h, w).contiguous(memory_format=LAYOUTS[layout])
+    x += torch.arange(n * c * h).reshape(n, c, h, 1) % 509
+    x += torch.arange(n * c * w).reshape(n, c, 1, w) % 251
+    p = pool(x)
+    exact = x.double()
+    expected = torch.cat([exact.mean(3, keepdim=True), exact.mean(2, keepdim=True).transpose(2, 3)], 2)
+    # One division (or one multiplication by the rounded reciprocal) is left: at most one ulp.
+    assert ((p.double() - expected).abs() <= torch.finfo(torch.float32).eps * expected.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_long_sums_keep_their_small_terms(dtype):
+    """65504 terms of about one. Summed in half precision they would stick at 2^8 or 2^11, in float32 one by one they drift."""
+    dtype = FLOATS[dtype]
+    x = 1 + torch.rand(1, 2, 4, 16384, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got, expected = pool(x).double(), paper_pool(x.double())
+    # Eight or more partial sums of at most 2^11 terms: errors below 2^11 roundings of half an ulp, and usually their root.
+    slack = 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps + torch.finfo(dtype).eps
+    assert ((got - expected).abs() <= slack * expected).all()
+
+
+def test_empty_batch():
+    p = gradients(pool, {"x": torch.empty(EMPTY[0])}, torch.empty(0, 16, 12, 1))
+    assert p["out"].shape == (0, 16, 12, 1) and p["d x"].shape == EMPTY[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_of_expanded_gradient(layout):
+    """sum() hands back a gradient with zero strides."""
+    shape = AWKWARD["primes"][0]
+    x = feature_map(shape, torch.Generator().manual_seed(0), layout=layout).requires_grad_()
+    pool(x).sum().backward()
+    assert torch.allclose(x.grad, torch.full(shape, 1 / shape[2] + 1 / shape[3]), rtol=1e-6, atol=0)
+    assert x.grad.stride() == x.stride()

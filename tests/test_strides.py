@@ -1,0 +1,179 @@
+"""x and its gradient in every memory layout a network produces: values, and the strides of what comes back."""
+
+import pytest
+import tolerances
+import torch
+from harness import FLOATS, LAYOUTS, Case, build, data, feature_map, run
+from shapes import AWKWARD
+
+from coordatt_fast import CoordAtt, explain
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+SHAPE, MID = (3, 20, 6, 9), 8
+
+
+def wide(t, dim, before, after, layout):
+    """t as a slice of a larger tensor of the layout, NaN around it."""
+    size = list(t.shape)
+    size[dim] += before + after
+    buffer = torch.full(size, torch.nan, dtype=t.dtype).contiguous(memory_format=LAYOUTS[layout])
+    view = buffer.narrow(dim, before, t.shape[dim])
+    return view.copy_(t)
+
+
+RELAYOUTS = {
+    "nchw": lambda t: t.contiguous(),
+    "nhwc": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "nchw channel slice": lambda t: wide(t, 1, 3, 5, "nchw"),
+    "nhwc channel slice": lambda t: wide(t, 1, 3, 5, "nhwc"),
+    "nchw second half": lambda t: wide(t, 1, t.shape[1], 0, "nchw"),
+    "nhwc second half": lambda t: wide(t, 1, t.shape[1], 0, "nhwc"),
+    "nchw batch slice": lambda t: wide(t, 0, 1, 1, "nchw"),
+    "nhwc batch slice": lambda t: wide(t, 0, 1, 1, "nhwc"),
+    "nchw crop of rows": lambda t: wide(t, 2, 1, 2, "nchw"),
+    "nhwc crop of rows": lambda t: wide(t, 2, 1, 2, "nhwc"),
+    "nchw crop of columns": lambda t: wide(t, 3, 2, 1, "nchw"),
+    "nhwc crop of columns": lambda t: wide(t, 3, 2, 1, "nhwc"),
+    "every second image": lambda t: t.repeat_interleave(2, 0)[::2],
+    "every second column": lambda t: t.repeat_interleave(2, 3)[..., ::2],
+    "transposed map": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "images innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "channels outermost": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "offset by one element": lambda t: torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view(
+        t.shape
+    ),
+}
+
+
+@pytest.fixture(params=["batch", "running"])
+def norm(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("relayout", RELAYOUTS)
+def test_layout_of_x(relayout, dtype, norm):
+    """Numbers do not depend on where x lies. Slices of a layout come back dense in it, other strides in either."""
+    case = Case(SHAPE, MID, dtype=FLOATS[dtype], norm=norm)
+    d = data(case)
+    x = RELAYOUTS[relayout](d.x)
+    kept = x.clone()
+    assert torch.equal(x, d.x)
+    module = build(CoordAtt, case, d.params)
+    assert explain(module, x).tier == "fused"
+    got = run(module, x, d.grad)
+    tolerances.assert_same_bits(x, kept, "x was changed")
+    # One layout may sum in another order than the other, so equality is up to a few roundings of the arithmetic.
+    expected = run(build(CoordAtt, case, d.params), d.x, d.grad)
+    slack = 64 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
+    for name in expected:
+        stored = torch.finfo(case.dtype).eps
+        assert max(tolerances.errors(got[name], expected[name])) <= slack + stored, name
+    x = x.detach().requires_grad_()
+    out = module(x)
+    (dx,) = torch.autograd.grad(out, x, d.grad)
+    for t in (out, dx):
+        if relayout.startswith("nhwc"):
+            assert t.is_contiguous(memory_format=torch.channels_last)
+        elif relayout.startswith("nchw"):
+            assert t.is_contiguous()
+        else:
+            assert any(t.is_contiguous(memory_format=layout) for layout in LAYOUTS.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("relayout", [k for k in RELAYOUTS if "slice" in k or "half" in k])
+def test_slices_give_the_same_bits_as_their_copy(relayout, layout, norm):
+    """A batch or channel slice is read where it lies, in the same order as its dense copy would be."""
+    if not relayout.startswith(layout):
+        pytest.skip("the slice is of the other layout")
+    case = Case(SHAPE, MID, layout=layout, norm=norm)
+    d = data(case)
+    got = run(build(CoordAtt, case, d.params), RELAYOUTS[relayout](d.x), d.grad)
+    expected = run(build(CoordAtt, case, d.params), d.x, d.grad)
+    for name in expected:
+        tolerances.assert_same_bits(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("relayout", RELAYOUTS)
+def test_layout_of_the_gradient(relayout, layout, norm):
+    """The gradient arrives in a layout of its own (a slice of a cat, the other memory format); dx follows x."""
+    case = Case(SHAPE, MID, layout=layout, norm=norm)
+    d = data(case)
+    grad = RELAYOUTS[relayout](d.grad)
+    got = run(build(CoordAtt, case, d.params), d.x, grad)
+    expected = run(build(CoordAtt, case, d.params), d.x, d.grad)
+    for name in expected:
+        tolerances.assert_same_bits(got[name], expected[name], name)
+    assert got["d x"].stride() == d.x.stride()
+
+
+EXPANDED = {
+    "one value": lambda g: g[:1, :1, :1, :1],
+    "per image": lambda g: g[:, :1, :1, :1],
+    "per channel": lambda g: g[:1, :, :1, :1],
+    "per image and channel": lambda g: g[:, :, :1, :1],
+    "per row": lambda g: g[:, :, :, :1],
+    "per column": lambda g: g[:, :, :1, :],
+    "over images": lambda g: g[:1],
+    "over channels": lambda g: g[:, :1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("expanded", EXPANDED)
+def test_expanded_gradient(expanded, layout, norm):
+    """mean() and sum() hand back gradients with zero strides."""
+    case = Case(SHAPE, MID, layout=layout, norm=norm)
+    d = data(case)
+    grad = EXPANDED[expanded](d.grad).expand(SHAPE)
+    got = run(build(CoordAtt, case, d.params), d.x, grad)
+    expected = run(build(CoordAtt, case, d.params), d.x, grad.contiguous(memory_format=LAYOUTS[layout]))
+    for name in expected:
+        tolerances.assert_same_bits(got[name], expected[name], name)
+
+
+@pytest.mark.parametrize("expanded", EXPANDED)
+def test_expanded_x(expanded, norm):
+    case = Case(SHAPE, MID, norm=norm)
+    d = data(case)
+    x = EXPANDED[expanded](d.x).expand(SHAPE)
+    got = run(build(CoordAtt, case, d.params), x, d.grad)
+    expected = run(build(CoordAtt, case, d.params), x.contiguous(), d.grad)
+    for name in expected:
+        assert max(tolerances.errors(got[name], expected[name])) < 1e-5, name
+
+
+def test_chunks_of_one_tensor():
+    """The halves of a chunk, as C3 and CSP blocks make them, and gradients that flow back into the whole."""
+    from paper import PaperCoordAtt
+
+    case = Case(SHAPE, MID, dtype=torch.float64)
+    d = data(case)
+    for layout in LAYOUTS:
+        both = feature_map((3, 40, 6, 9), torch.Generator().manual_seed(1), torch.float64, layout)
+        results = []
+        for cls in (PaperCoordAtt, CoordAtt):
+            module, leaf = build(cls, case, d.params), both.detach().requires_grad_()
+            first, second = leaf.chunk(2, dim=1)
+            out = torch.cat([module(second), first], dim=1)
+            (out * both.sin()).sum().backward()
+            results.append((out, leaf.grad, module.conv1.weight.grad))
+        for theirs, ours in zip(*results):
+            assert max(tolerances.errors(ours, theirs)) < tolerances.FORMULAS_AGREE
+
+
+@pytest.mark.parametrize("shape", ["all-ones", "H=1", "W=1", "one-channel"])
+def test_ambiguous_strides(shape):
+    """Where sizes of one make a tensor both contiguous and channels_last, or give a dimension of one an odd stride."""
+    case = Case(*AWKWARD[shape], norm="running")
+    d = data(case)
+    expected = run(build(CoordAtt, case, d.params), d.x, d.grad)
+    sizes = d.x.shape
+    odd = [s if n > 1 else 12345 for s, n in zip(d.x.stride(), sizes)]
+    for x in (d.x.contiguous(memory_format=torch.channels_last), d.x.as_strided(sizes, odd)):
+        got = run(build(CoordAtt, case, d.params), x, d.grad)
+        for name in expected:
+            assert max(tolerances.errors(got[name], expected[name])) < 1e-5, name
