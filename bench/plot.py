@@ -39,6 +39,7 @@ def label(result: dict) -> str:
 def panel(axes, key: tuple, group: list[dict], names: list[str], base: str, slots: int) -> None:
     """One mode and batch: for every shape the contestants that took part, side by side."""
     width = 0.86 / len(names)
+    top = 1.3 * max(relative(result, name, base) or 1.0 for result in group for name in names)
     for index, result in enumerate(group):
         present = [name for name in names if relative(result, name, base)]
         for position, name in enumerate(present):
@@ -52,7 +53,7 @@ def panel(axes, key: tuple, group: list[dict], names: list[str], base: str, slot
                 text = f"{value:.1f}x" if value < 9.95 else f"{value:.0f}x"
                 axes.annotate(
                     text,
-                    (place, value + ends[1][0]),
+                    (place, min(value + ends[1][0], 0.92 * top)),
                     (0, 3),
                     textcoords="offset points",
                     ha="center",
@@ -67,8 +68,7 @@ def panel(axes, key: tuple, group: list[dict], names: list[str], base: str, slot
     axes.grid(axis="y", color="#e6e6e6", zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(-0.55, slots - 0.45)
-    axes.margins(y=0.12)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, top)
 
 
 def speedups(results: list[dict], path: Path, caption: str) -> bool:

@@ -239,6 +239,22 @@ def network_tables(results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def noisy(results: list[dict]) -> str:
+    """A warning when ratios varied a lot from round to round; empty when they were steady."""
+    spreads = [
+        (result, next(spread for name, spread in result["speedup"].items() if name not in (OURS, OURS_OUT)))
+        for result in results
+        if result.get("speedup") and result["kind"] == "instance"
+    ]
+    wild = [result["name"] for result, spread in spreads if spread["p90"] > 2 * spread["p10"]]
+    if not wild:
+        return ""
+    return prose(
+        f"!!! NOISY: in {len(wild)} of {len(spreads)} cases the ratio more than doubles between its 10th and its "
+        "90th percentile. Something else was using the cores; close it and run again."
+    )
+
+
 def left_out(results: list[dict], planned: list[str]) -> str:
     """What was not measured, and why; each line once."""
     lines = list(planned)
@@ -297,6 +313,7 @@ def whole(facts: dict, results: list[dict], planned: list[str]) -> str:
         "\n".join(unfused(results)),
         network_tables(results),
         instance_tables(results),
+        noisy(results),
         left_out(results, planned),
         verdict,
     ]

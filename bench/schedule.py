@@ -20,7 +20,7 @@ class Efforts:
     network: Effort
 
 
-FULL = Efforts(Effort(rounds=15, seconds=2.0), Effort(rounds=9, seconds=6.0, block=0.02))
+FULL = Efforts(Effort(rounds=15, seconds=1.5), Effort(rounds=9, seconds=4.0, block=0.02))
 QUICK = Efforts(Effort(rounds=3, seconds=0.2, block=0.001), Effort(rounds=2, seconds=0.2, block=0.001))
 
 

@@ -112,9 +112,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--budget",
         type=float,
-        default=270.0,
+        default=240.0,
         metavar="SECONDS",
-        help="leave out what does not fit, and say so (default 270; 0: no limit)",
+        help="leave out what does not fit, and say so (default 240; 0: no limit)",
     )
     how.add_argument(
         "--quick", action="store_true", help="few rounds, two shapes, small photographs, eager only"
