@@ -164,29 +164,41 @@ COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int
     return cut ? load(grad + w, tail) * load(x + w, tail) : load(grad + w) * load(x + w);
   };
   if constexpr (NV > 0) {
-    Vec<A> aw[NV], column[NV] = {};
+    Vec<A> aw[NV];
     for (int j = 0; j < NV; ++j) aw[j] = load(gate_w + j * n);
-    for (int64_t h = 0; h < height; ++h, x += width, grad += width) {
-      Vec<A> ah = splat(gate_h[h]), row = {};
+    for (int64_t h0 = 0; h0 < height; h0 += 64) {  // partial sums of 64 keep the rounding error of tall planes down
+      Vec<A> column[NV] = {};
+      for (int64_t h = h0; h < min_of<int64_t>(h0 + 64, height); ++h, x += width, grad += width) {
+        Vec<A> ah = splat(gate_h[h]), row = {};
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) {
-        Vec<A> t = product(j * n, j == NV - 1);
-        column[j] = fma(t, ah, column[j]);
-        row = fma(t, aw[j], row);
+        for (int j = 0; j < NV; ++j) {
+          Vec<A> t = product(j * n, j == NV - 1);
+          column[j] = fma(t, ah, column[j]);
+          row = fma(t, aw[j], row);
+        }
+        store(parts + h * stride, row);
       }
-      store(parts + h * stride, row);
+      for (int j = 0; j < NV; ++j) store(columns + j * n, h0 ? load(columns + j * n) + column[j] : column[j]);
     }
-    for (int j = 0; j < NV; ++j) store(columns + j * n, column[j]);
   } else {
-    for (int64_t h = 0; h < height; ++h, x += width, grad += width) {
-      Vec<A> ah = splat(gate_h[h]), row = {};
+    auto rows = [&](auto count, int64_t h) __attribute__((always_inline)) {
+      constexpr int HB = decltype(count)::value;
+      Vec<A> ah[HB], row[HB] = {};
+      for (int r = 0; r < HB; ++r) ah[r] = splat(gate_h[h + r]);
       for (int64_t w = 0; w <= last; w += n) {
-        Vec<A> t = product(w, w == last);
-        row = fma(t, load(gate_w + w), row);
-        store(columns + w, h ? fma(t, ah, load(columns + w)) : t * ah);
+        Vec<A> aw = load(gate_w + w), sum = {};
+        for (int r = 0; r < HB; ++r) {
+          Vec<A> t = product((h + r) * width + w, w == last);
+          row[r] = fma(t, aw, row[r]);
+          sum = r ? fma(t, ah[r], sum) : t * ah[r];
+        }
+        store(columns + w, h ? load(columns + w) + sum : sum);
       }
-      store(parts + h * stride, row);
-    }
+      for (int r = 0; r < HB; ++r) store(parts + (h + r) * stride, row[r]);
+    };
+    int64_t h = 0;
+    for (; h + 4 <= height; h += 4) rows(std::integral_constant<int, 4>(), h);
+    for (; h < height; ++h) rows(std::integral_constant<int, 1>(), h);
   }
 }
 
@@ -222,86 +234,113 @@ void reduce_nchw(const PlaneArgs& a) {
   }
 }
 
-// Channels [c, c + CV vectors), all pixels; CV 0: the tail's channels.
-template <int CV, class X>
-COORDATT_INLINE void reduce_channels(const PlaneArgs& a, int64_t c) {
+// Channels [c, c + CV vectors) of HB rows of pixels; CV 0: the tail's channels.
+template <int HB, int CV, class X>
+COORDATT_INLINE void reduce_pixels(const PlaneArgs& a, int64_t h, int64_t c, const Tail<Acc<X>>& tail) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
   constexpr bool partial = CV == 0;
   constexpr int vectors = partial ? 1 : CV;
-  Tail<A> tail(partial ? a.c1 - c : 0);
   auto get = [&](auto* p) __attribute__((always_inline)) { return partial ? load(p, tail) : load(p); };
   auto put = [&](A* p, Vec<A> v) __attribute__((always_inline)) { if (partial) store(p, v, tail); else store(p, v); };
-  for (int64_t h = 0; h < a.h; ++h) {
-    Vec<A> ah[vectors], row[vectors] = {}, total[vectors] = {};
-    for (int j = 0; j < vectors; ++j) ah[j] = get((const A*)a.gates.h + h * a.gates.ld + c + j * n);
-    for (int64_t w0 = 0; w0 < a.w; w0 += 64) {  // as in the pool: partial sums of 64
-      for (int64_t w = w0; w < min_of<int64_t>(w0 + 64, a.w); ++w) {
-        int64_t pixel = h * a.w + w;
-        for (int j = 0; j < vectors; ++j) {
-          const X* x = (const X*)a.x + pixel * a.x_step + c + j * n;
-          const X* g = (const X*)a.grad + pixel * a.grad_step + c + j * n;
-          A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c + j * n;
-          Vec<A> t = get(g) * get(x);
-          row[j] = fma(t, get((const A*)a.gates.w + w * a.gates.ld + c + j * n), row[j]);
-          put(column, h ? fma(t, ah[j], get(column)) : t * ah[j]);
-        }
-      }
+  Vec<A> ah[HB][vectors], row[HB][vectors] = {}, total[HB][vectors] = {};
+  for (int r = 0; r < HB; ++r)
+    for (int j = 0; j < vectors; ++j) ah[r][j] = get((const A*)a.gates.h + (h + r) * a.gates.ld + c + j * n);
+  for (int64_t w0 = 0; w0 < a.w; w0 += 64) {  // as in the pool: partial sums of 64
+    for (int64_t w = w0; w < min_of<int64_t>(w0 + 64, a.w); ++w)
       for (int j = 0; j < vectors; ++j) {
-        total[j] += row[j];
-        row[j] = Vec<A>{};
+        A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c + j * n;
+        Vec<A> aw = get((const A*)a.gates.w + w * a.gates.ld + c + j * n), sum = {};
+        for (int r = 0; r < HB; ++r) {
+          int64_t pixel = (h + r) * a.w + w;
+          Vec<A> t = get((const X*)a.grad + pixel * a.grad_step + c + j * n) * get((const X*)a.x + pixel * a.x_step + c + j * n);
+          row[r][j] = fma(t, aw, row[r][j]);
+          sum = r ? fma(t, ah[r][j], sum) : t * ah[r][j];
+        }
+        put(column, h ? get(column) + sum : sum);
       }
-    }
-    for (int j = 0; j < vectors; ++j)
-      put((A*)a.dlogits.h + h * a.dlogits.ld + c + j * n, total[j] * sigmoid_slope(ah[j]));
+    for (int r = 0; r < HB; ++r)
+      for (int j = 0; j < vectors; ++j) {
+        total[r][j] += row[r][j];
+        row[r][j] = Vec<A>{};
+      }
   }
-  for (int64_t w = 0; w < a.w; ++w)
-    for (int j = 0; j < vectors; ++j) {
-      A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c + j * n;
-      put(column, get(column) * sigmoid_slope(get((const A*)a.gates.w + w * a.gates.ld + c + j * n)));
-    }
+  for (int r = 0; r < HB; ++r)
+    for (int j = 0; j < vectors; ++j)
+      put((A*)a.dlogits.h + (h + r) * a.dlogits.ld + c + j * n, total[r][j] * sigmoid_slope(ah[r][j]));
 }
 
-// The same sums in the same order, walking memory straight through (as the pool does; 256 x 80 x 80: 891 us by blocks).
-template <class X>
-COORDATT_OUTLINE void reduce_through(const PlaneArgs& a) {
-  using A = Acc<X>;
+// The columns' sums are complete: times the slope of their gate.
+template <class A>
+COORDATT_OUTLINE void slope_columns(const PlaneArgs& a, int64_t c0, int64_t c1) {
   constexpr int n = lanes<A>;
-  const int64_t width = a.c1 - a.c0, last = (width - 1) / n * n;
-  const Tail<A> tail(width - last);
-  A* row = (A*)a.scratch;
-  for (int64_t h = 0; h < a.h; ++h) {
-    const A* ah = (const A*)a.gates.h + h * a.gates.ld + a.c0;
-    A* to = (A*)a.dlogits.h + h * a.dlogits.ld + a.c0;
-    for (int64_t w0 = 0; w0 < a.w; w0 += 64) {
-      const int64_t w1 = min_of<int64_t>(w0 + 64, a.w);
-      for (int64_t w = w0; w < w1; ++w) {
-        const X* x = (const X*)a.x + (h * a.w + w) * a.x_step + a.c0;
-        const X* g = (const X*)a.grad + (h * a.w + w) * a.grad_step + a.c0;
-        const A* aw = (const A*)a.gates.w + w * a.gates.ld + a.c0;
-        A* column = (A*)a.dlogits.w + w * a.dlogits.ld + a.c0;
-        auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
-          Vec<A> t = load(g + c, cut...) * load(x + c, cut...), gate_h = load(ah + c, cut...);
-          store(row + c, fma(t, load(aw + c, cut...), w > w0 ? load(row + c) : Vec<A>{}));
-          store(column + c, h ? fma(t, gate_h, load(column + c, cut...)) : t * gate_h, cut...);
-        };
-        for (int64_t c = 0; c < last; c += n) part(c);
-        part(last, tail);
-      }
-      for (int64_t c = 0; c < width; c += n) {
-        const Tail<A> cut(min_of<int64_t>(n, width - c));
-        Vec<A> v = load(row + c, cut);
-        v = w0 ? load(to + c, cut) + v : Vec<A>{} + v;
-        store(to + c, w1 == a.w ? v * sigmoid_slope(load(ah + c, cut)) : v, cut);
-      }
-    }
-  }
   for (int64_t w = 0; w < a.w; ++w)
-    for (int64_t c = a.c0; c < a.c1; c += n) {
-      const Tail<A> cut(min_of<int64_t>(n, a.c1 - c));
+    for (int64_t c = c0; c < c1; c += n) {
+      const Tail<A> cut(min_of<int64_t>(n, c1 - c));
       A* column = (A*)a.dlogits.w + w * a.dlogits.ld + c;
       store(column, load(column, cut) * sigmoid_slope(load((const A*)a.gates.w + w * a.gates.ld + c, cut)), cut);
     }
+}
+
+constexpr int reduce_rows_together = 2;
+
+template <int CV, class X>
+COORDATT_INLINE void reduce_channels(const PlaneArgs& a, int64_t c) {
+  using A = Acc<X>;
+  const Tail<A> tail(CV ? 0 : a.c1 - c);
+  int64_t h = 0;
+  for (; h + reduce_rows_together <= a.h; h += reduce_rows_together)
+    reduce_pixels<reduce_rows_together, CV, X>(a, h, c, tail);
+  for (; h < a.h; ++h) reduce_pixels<1, CV, X>(a, h, c, tail);
+  slope_columns<A>(a, c, CV ? c + CV * lanes<A> : a.c1);
+}
+
+// The same sums in the same order, walking memory straight through (as the pool does; 256 x 80 x 80: 887 us by blocks).
+template <int HB, class X>
+COORDATT_INLINE void reduce_lines(const PlaneArgs& a, int64_t h, Acc<X>* row) {
+  using A = Acc<X>;
+  constexpr int n = lanes<A>;
+  const int64_t width = a.c1 - a.c0, last = (width - 1) / n * n, ld = padded(width);
+  const Tail<A> tail(width - last);
+  const A* ah = (const A*)a.gates.h + h * a.gates.ld + a.c0;
+  for (int64_t w0 = 0; w0 < a.w; w0 += 64) {
+    const int64_t w1 = min_of<int64_t>(w0 + 64, a.w);
+    for (int64_t w = w0; w < w1; ++w) {
+      const X* x = (const X*)a.x + (h * a.w + w) * a.x_step + a.c0;
+      const X* g = (const X*)a.grad + (h * a.w + w) * a.grad_step + a.c0;
+      const A* aw = (const A*)a.gates.w + w * a.gates.ld + a.c0;
+      A* column = (A*)a.dlogits.w + w * a.dlogits.ld + a.c0;
+      auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
+        Vec<A> gate_w = load(aw + c, cut...), sum = {};
+        for (int r = 0; r < HB; ++r) {
+          Vec<A> t = load(g + r * a.w * a.grad_step + c, cut...) * load(x + r * a.w * a.x_step + c, cut...);
+          Vec<A> gate_h = load(ah + r * a.gates.ld + c, cut...);
+          store(row + r * ld + c, fma(t, gate_w, w > w0 ? load(row + r * ld + c) : Vec<A>{}));
+          sum = r ? fma(t, gate_h, sum) : t * gate_h;
+        }
+        store(column + c, h ? load(column + c, cut...) + sum : sum, cut...);
+      };
+      for (int64_t c = 0; c < last; c += n) part(c);
+      part(last, tail);
+    }
+    for (int r = 0; r < HB; ++r)
+      for (int64_t c = 0; c < width; c += n) {
+        const Tail<A> cut(min_of<int64_t>(n, width - c));
+        A* to = (A*)a.dlogits.h + (h + r) * a.dlogits.ld + a.c0 + c;
+        Vec<A> v = load(row + r * ld + c);
+        v = w0 ? load(to, cut) + v : Vec<A>{} + v;
+        store(to, w1 == a.w ? v * sigmoid_slope(load(ah + r * a.gates.ld + c, cut)) : v, cut);
+      }
+  }
+}
+
+template <class X>
+COORDATT_OUTLINE void reduce_through(const PlaneArgs& a) {
+  Acc<X>* row = (Acc<X>*)a.scratch;
+  int64_t h = 0;
+  for (; h + reduce_rows_together <= a.h; h += reduce_rows_together) reduce_lines<reduce_rows_together, X>(a, h, row);
+  for (; h < a.h; ++h) reduce_lines<1, X>(a, h, row);
+  slope_columns<Acc<X>>(a, a.c0, a.c1);
 }
 
 template <class X>
