@@ -2,11 +2,11 @@
 
 import os
 
-os.environ["COORDATT_FAST_POISON"] = (
-    "1"  # the library's scratch memory starts as NaN; read when the library loads
-)
+# The library's scratch memory and its results start as NaN; read when the library loads.
+os.environ["COORDATT_FAST_POISON"] = "1"
 
 import statistics
+import sys
 
 import pytest
 import torch
@@ -26,14 +26,14 @@ def supported_levels():
 
     if not backends()["cpu"].available:
         return []
-    found = []
+    found, start = [], torch.ops.coordatt_fast.simd_level()
     for level in LEVELS:
         try:
             torch.ops.coordatt_fast.set_simd_level(level)
         except (RuntimeError, ValueError):
             continue
         found.append(level)
-    torch.ops.coordatt_fast.set_simd_level("")
+    torch.ops.coordatt_fast.set_simd_level(start)
     return found
 
 
@@ -52,7 +52,8 @@ def _fresh_state():
     )  # test_determinism.py shows that more give the same bits; waiting threads cost minutes
     yield
     torch.set_num_threads(1)
-    torch._dynamo.reset() if "torch._dynamo" in __import__("sys").modules else None
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     assert torch.are_deterministic_algorithms_enabled(), "a test switched the poison off"
 
 
@@ -82,10 +83,11 @@ def backend(request):
 
 @pytest.fixture
 def simd(request, cpu):
+    start = torch.ops.coordatt_fast.simd_level()
     torch.ops.coordatt_fast.set_simd_level(request.param)
     assert torch.ops.coordatt_fast.simd_level() == request.param
     yield request.param
-    torch.ops.coordatt_fast.set_simd_level("")
+    torch.ops.coordatt_fast.set_simd_level(start)
 
 
 @pytest.fixture(params=[1, 2, 3, 4])

@@ -15,6 +15,8 @@ SHAPES = {name: AWKWARD[name] for name in FEW} | {
     "one big image": ((1, 64, 64, 65), 8),
     "one tall image": ((1, 8, 500, 40), 8),
     "five images": ((5, 96, 14, 14), 8),
+    "seven images": ((7, 40, 20, 20), 13),
+    "beyond the cache": ((1, 130, 65, 67), 8),
 }
 THREADS = (1, 2, 3, 4)
 
@@ -61,7 +63,8 @@ def test_pool_and_gate_for_any_thread_count(shape, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_repetition(layout):
-    """Twenty times, with other work in between that moves the allocator on and leaves other bytes in freed memory."""
+    """Twenty times on four threads, with work in between that leaves other bytes in freed memory."""
+    torch.set_num_threads(4)
     case = Case(*SHAPES["one big image"], layout=layout)
     d = data(case)
     expected = run(build(CoordAtt, case, d.params), d.x, d.grad)
