@@ -89,4 +89,9 @@ def load() -> Library:
         reason = f"{path} does not load ({_mismatch(build)}): {error.__cause__ or error}"
         log.warning("coordatt_fast runs in plain PyTorch: %s", reason)
         return Library(False, path, reason, build)
+    if level := os.environ.get("COORDATT_FAST_SIMD"):
+        try:
+            torch.ops.coordatt_fast.set_simd_level(level)
+        except RuntimeError as error:
+            log.warning("COORDATT_FAST_SIMD=%s has no effect: %s", level, error)
     return Library(True, path, "", build)

@@ -39,7 +39,6 @@ _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
 _is_autocast_enabled = torch.is_autocast_enabled
 _functorch_level = torch._C._functorch.maybe_current_level
 _tracing_state = torch._C._get_tracing_state
@@ -93,7 +92,8 @@ def obstacle(x) -> str | None:
         why = "inside a torch.func transform"
     elif forward_ad._current_level >= 0:
         why = "forward-mode AD"
-    elif _is_exporting() if _is_compiling() else _tracing_state() is not None:
+    # torch.compiler.is_exporting() is true in every compiled call of torch 2.11.
+    elif torch.compiler._is_exporting_flag if _is_compiling() else _tracing_state() is not None:
         why = "the call is exported or traced"
     else:
         shape = x.shape
