@@ -61,6 +61,7 @@ void* map(int64_t size) {
 
 void* take_block(int64_t bytes) {
   Store& s = store();
+  if (s.limit == 0) return nullptr;
   int64_t unit = bytes >= 2 * huge_page ? huge_page : page;
   int64_t size = (bytes + unit - 1) / unit * unit;
   void* data = nullptr;

@@ -9,8 +9,9 @@ namespace coordatt {
 
 constexpr int64_t block_from = 1 << 20;  // smaller outputs stay with torch's allocator
 
-// A block of at least `bytes`, 64-byte aligned (large ones on huge pages where the system has them), or null if there
-// is no memory. At most COORDATT_FAST_KEEP_MB megabytes (default 256; 0: none) wait for reuse, oldest out first.
+// A block of at least `bytes`, 64-byte aligned (large ones on huge pages where the system has them). At most
+// COORDATT_FAST_KEEP_MB megabytes (default 256) wait for reuse, oldest out first. Null if there is no memory, or always
+// with a limit of 0.
 void* take_block(int64_t bytes);
 void give_block(void* block);
 

@@ -166,9 +166,9 @@ COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int
   if constexpr (NV > 0) {
     Vec<A> aw[NV];
     for (int j = 0; j < NV; ++j) aw[j] = load(gate_w + j * n);
-    for (int64_t h0 = 0; h0 < height; h0 += 64) {  // partial sums of 64 keep the rounding error of tall planes down
+    for (int64_t h0 = 0; h0 < height; h0 += 32) {  // partial sums of 32 keep the rounding error of tall planes down
       Vec<A> column[NV] = {};
-      for (int64_t h = h0; h < min_of<int64_t>(h0 + 64, height); ++h, x += width, grad += width) {
+      for (int64_t h = h0; h < min_of<int64_t>(h0 + 32, height); ++h, x += width, grad += width) {
         Vec<A> ah = splat(gate_h[h]), row = {};
 #pragma GCC unroll 8
         for (int j = 0; j < NV; ++j) {
@@ -282,7 +282,7 @@ COORDATT_OUTLINE void slope_columns(const PlaneArgs& a, int64_t c0, int64_t c1) 
     }
 }
 
-constexpr int reduce_rows_together = 2;
+constexpr int reduce_rows_together = 4;
 
 template <int CV, class X>
 COORDATT_INLINE void reduce_channels(const PlaneArgs& a, int64_t c) {
@@ -348,7 +348,7 @@ void reduce_nhwc(const PlaneArgs& a) {
   constexpr int n = lanes<Acc<X>>;
   if (walks_through<X>(a)) return reduce_through<X>(a);
   int64_t c = a.c0;
-  for (; c + 4 * n <= a.c1; c += 4 * n) reduce_channels<4, X>(a, c);
+  for (; c + 2 * n <= a.c1; c += 2 * n) reduce_channels<2, X>(a, c);
   for (; c + n <= a.c1; c += n) reduce_channels<1, X>(a, c);
   if (c < a.c1) reduce_channels<0, X>(a, c);
 }
