@@ -23,8 +23,8 @@ MALLOC_SETTINGS = tuple(name for setting in PAGES.values() for name in setting)
 class Jobs:
     """What one lab is asked to do. ``seconds`` is its share of the time budget (0: no limit).
 
-    A job is plain data: ``{"kind": "network" or "instance", "case": ..., "effort": ..., "rivals": [...],
-    "expected": seconds, "order": number}``.
+    A job is plain data, made by ``schedule.plan``: kind ("network" or "instance"), case, effort, rivals, the
+    seconds it is expected to take, and its place in the order of the report.
     """
 
     threads: int

@@ -196,7 +196,7 @@ def network_tables(results: list[dict]) -> str:
     photographs = measured[0]["photographs"]
     introduction = NETWORK_INTRODUCTION.format(count=len(photographs), names=", ".join(photographs))
     parts = [prose(introduction)]
-    agreements = {result["agreement"]["what"]: result["agreement"] for result in reversed(measured)}
+    agreements = {result["agreement"]["what"]: result["agreement"] for result in measured}
     header = [
         "error against a float64 run",
         "ours",
@@ -214,7 +214,7 @@ def network_tables(results: list[dict]) -> str:
             f"{check['largest_difference']:.1e}",
             f"{check['largest_value']:.2g}",
         ]
-        for what, check in reversed(agreements.items())
+        for what, check in sorted(agreements.items(), reverse=True)
     ]
     parts.append(table(header, rows))
     names = list(whole_network.LABELS)
@@ -249,9 +249,10 @@ def noisy(results: list[dict]) -> str:
     wild = [result["name"] for result, spread in spreads if spread["p90"] > 2 * spread["p10"]]
     if not wild:
         return ""
+    count = f"{len(wild)} of {len(spreads)}"
     return prose(
-        f"!!! NOISY: in {len(wild)} of {len(spreads)} cases the ratio more than doubles between its 10th and its "
-        "90th percentile. Something else was using the cores; close it and run again."
+        f"!!! NOISY: in {count} cases the ratio more than doubles from its 10th to its 90th percentile. "
+        "Something else was using the cores; close it and run again."
     )
 
 

@@ -1,6 +1,5 @@
 """Decides what a run measures, in which process, and what it leaves out."""
 
-import itertools
 from dataclasses import asdict, dataclass
 
 from bench import networks
@@ -8,7 +7,7 @@ from bench.cases import Case
 from bench.instances import Effort
 from bench.lab import Jobs
 from bench.rivals import COMPILED, takes_part
-from bench.timing import LARGE_OUTPUT
+from bench.timing import LARGE_OUTPUT, PAGES
 from bench.whole_network import NetworkCase
 
 
@@ -72,49 +71,59 @@ def compiled_cases(chosen: list[Case], per_group: int) -> set[Case]:
     return {case for group in groups.values() for case in spread_out(group, per_group)}
 
 
-def plan(options) -> tuple[list[Jobs], list[str]]:
-    """The labs in the order they run, and in words what is left out on purpose."""
-    efforts = QUICK if options.quick else FULL
-    labs = [Jobs(threads, pages) for threads in options.threads for pages in ("plain", "fresh", "kept")]
-    left_out = []
-    order = itertools.count()
+def network_jobs(options, effort: Effort) -> list[dict]:
+    """One job for each batch and mode of step one."""
+    return [
+        {
+            "kind": "network",
+            "case": asdict(case),
+            "pages": pages_for(case.largest_tensor, options.device),
+            "effort": asdict(effort),
+            "rivals": [],
+        }
+        for case in network_cases(options)
+    ]
 
-    def add(pages: tuple[str, ...], job: dict) -> None:
-        job |= {"expected": expected(job), "order": next(order)}
-        for lab in labs:
-            if lab.pages in pages:
-                lab.jobs.append(job)
 
-    if not options.no_photos:
-        for case in network_cases(options):
-            add(
-                pages_for(case.largest_tensor, options.device),
-                {"kind": "network", "case": asdict(case), "effort": asdict(efforts.network), "rivals": []},
-            )
-    if not options.photos_only:
-        chosen = cases(options)
-        compiled = compiled_cases(chosen, options.compile_shapes)
-        for case in chosen:
-            rivals = [
+def instance_jobs(options, effort: Effort) -> list[dict]:
+    """One job for each CoordAtt call of step two."""
+    chosen = cases(options)
+    compiled = compiled_cases(chosen, options.compile_shapes)
+    return [
+        {
+            "kind": "instance",
+            "case": case.as_dict(),
+            "pages": pages_for(case.output_bytes, options.device),
+            "effort": asdict(effort),
+            "rivals": [
                 name
                 for name in options.rivals
                 if takes_part(name, case) and (name not in COMPILED or case in compiled)
-            ]
-            add(
-                pages_for(case.output_bytes, options.device),
-                {
-                    "kind": "instance",
-                    "case": case.as_dict(),
-                    "effort": asdict(efforts.instance),
-                    "rivals": rivals,
-                },
-            )
-        wanted = any(name in COMPILED for name in options.rivals)
-        if wanted and len(compiled) < len(chosen):
-            how_many = f"{len(chosen) - len(compiled)} of {len(chosen)}"
-            left_out.append(
-                f"torch.compile on {how_many} cases, to save time (--compile-shapes 99 --budget 0 for all)"
-            )
+            ],
+        }
+        for case in chosen
+    ]
+
+
+def plan(options) -> tuple[list[Jobs], list[str]]:
+    """The labs in the order they run, and in words what is left out on purpose."""
+    efforts = QUICK if options.quick else FULL
+    jobs = [] if options.no_photos else network_jobs(options, efforts.network)
+    jobs += [] if options.photos_only else instance_jobs(options, efforts.instance)
+    jobs.sort(key=lambda job: job["kind"] == "network" and job["pages"] != ("plain",))  # the longest last
+    labs = [Jobs(threads, pages) for threads in options.threads for pages in PAGES]
+    for order, job in enumerate(jobs):
+        job |= {"expected": expected(job), "order": order}
+        for lab in labs:
+            if lab.pages in job["pages"]:
+                lab.jobs.append(job)
+    left_out = []
+    wanted = {name for name in options.rivals if name in COMPILED}
+    without = sum(job["kind"] == "instance" and not wanted & {*job["rivals"]} for job in jobs)
+    if wanted and without:
+        left_out.append(
+            f"torch.compile in {without} cases, to save time (--compile-shapes 99 --budget 0 for all)"
+        )
     return [lab for lab in labs if lab.jobs], left_out
 
 
