@@ -42,6 +42,14 @@ def boolean_x(build):
     return build(WIDTH), torch.ones(2, WIDTH, 5, 6, dtype=torch.bool)
 
 
+def sparse_x(build):
+    return build(WIDTH), torch.randn(2, WIDTH, 5, 6).to_sparse()
+
+
+def complex_x(build):
+    return build(WIDTH), torch.randn(2, WIDTH, 5, 6, dtype=torch.complex64)
+
+
 def no_rows(build):
     return build(WIDTH), torch.randn(2, WIDTH, 0, 6)
 
@@ -93,6 +101,8 @@ CASES = {
     float_x_for_half_module: ["x", "float32", "bfloat16"],
     integer_x: ["x", "int64"],
     boolean_x: ["x", "bool"],
+    sparse_x: ["Sparse"],
+    complex_x: ["x", "complex64"],
     no_rows: ["x", str([2, WIDTH, 0, 6])],
     no_columns: ["x", str([2, WIDTH, 5, 0])],
     other_output_width: ["conv_h", "20", "16"],

@@ -223,6 +223,12 @@ def test_only_x_is_kept_for_backward(cpu, shape, norm, layout, autocast):
     n, c, h, w = case.shape
     small = sum(size for address, size in kept.items() if address not in theirs)
     assert small <= 4 * (3 * n * (c + case.mid) * (h + w) + 4 * case.mid), f"{small} bytes kept beside x"
+    elsewhere = (
+        [t for t in vars(out.grad_fn).values() if torch.is_tensor(t)]
+        if hasattr(out.grad_fn, "__dict__")
+        else []
+    )
+    assert not elsewhere, "tensors kept where saved_tensors_hooks cannot move them"
     out.backward(d.grad)
     assert x.grad is not None
 

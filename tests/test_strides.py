@@ -6,11 +6,13 @@ import torch
 from harness import FLOATS, LAYOUTS, Case, build, data, feature_map, run
 from shapes import AWKWARD
 
-from coordatt_fast import CoordAtt, explain
+from coordatt_fast import CoordAtt, coord_att, explain
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
 SHAPE, MID = (3, 20, 6, 9), 8
+PARAMETERS = "conv1.weight conv1.bias bn1.weight bn1.bias bn1.running_mean bn1.running_var".split()
+PARAMETERS += "conv_h.weight conv_h.bias conv_w.weight conv_w.bias".split()
 
 
 def wide(t, dim, before, after, layout):
@@ -177,3 +179,30 @@ def test_ambiguous_strides(shape):
         got = run(build(CoordAtt, case, d.params), x, d.grad)
         for name in expected:
             assert max(tolerances.errors(got[name], expected[name])) < 1e-5, name
+
+
+@pytest.mark.parametrize("relayout", [*RELAYOUTS, "negated view"])
+def test_inference_in_place_and_into_out(relayout):
+    """inplace=True and out= write through any strides, and nothing beside them."""
+    case = Case(SHAPE, MID, norm="running")
+    d = data(case)
+    module = build(CoordAtt, case, d.params)
+    with torch.no_grad():
+        expected = module(d.x)
+        if relayout == "negated view":
+            x = torch.complex(d.grad, -d.x).conj().imag
+            assert x.is_neg() and torch.equal(x, d.x)
+            assert max(tolerances.errors(module(x), expected)) < 1e-5
+            return
+        x, out = RELAYOUTS[relayout](d.x.clone()), RELAYOUTS[relayout](torch.zeros_like(d.x))
+        around = [t._base.clone() if t._base is not None else None for t in (x, out)]
+        arguments = [d.params.get(n) for n in PARAMETERS]
+        returned = coord_att(d.x, *arguments, out=out)
+        assert returned.data_ptr() == out.data_ptr() and max(tolerances.errors(out, expected)) < 1e-5
+        module.inplace = True
+        returned = module(x)
+        assert returned.data_ptr() == x.data_ptr() and max(tolerances.errors(x, expected)) < 1e-5
+        for t, before in zip((x, out), around):
+            if before is not None and t._base.numel() > t.numel():
+                t.copy_(torch.as_strided(before, t.shape, t.stride(), t.storage_offset()))
+                tolerances.assert_same_bits(t._base, before, "wrote beside the view")
