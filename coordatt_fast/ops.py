@@ -6,14 +6,17 @@ for all others. Eager calls go through an autograd.Function around each op, a th
 registered formula; the compiler and opcheck see the registered formulas. Both run the same code.
 """
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from coordatt_fast import library, reference
 
 NORM_NONE, NORM_GIVEN, NORM_BATCH = 0, 1, 2
+_NAMES = tuple(reference.ACTIVATIONS)
 
 LOADED = library.load().loaded
 _lib = torch.ops.coordatt_fast
@@ -29,6 +32,7 @@ if LOADED:
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.maybe_current_level
 
 
 # The whole function --------------------------------------------------------------------------------
@@ -123,9 +127,9 @@ def _attention_gradients(ctx, grad, *_):
     eps, norm, activation, skip = ctx.settings
     need = ctx.needs_input_grad
     need = (*need[:5], *need[8:12])
-    if _is_grad_enabled() and not _is_compiling():
+    if _is_observed():
         inputs = (x, w1, b1, gamma, beta, wh, bh, ww, bw)
-        found = _differentiable_gradients(inputs, need, grad, mean, var, *ctx.settings)
+        found = _reference_gradients(_attention_in_reference(mean, var, *ctx.settings), inputs, need, grad)
     else:
         needs = 0
         for bit, needed in enumerate(need):
@@ -141,20 +145,42 @@ def _attention_gradients(ctx, grad, *_):
     return dx, dw1, db1, dgamma, dbeta, None, None, None, dwh, dbh, dww, dbw, None, None, None
 
 
-def _differentiable_gradients(inputs, needed, grad, mean, var, eps, norm, activation, skip):
-    """The same gradients through the reference, so that they can be differentiated again."""
-    # An alias of each input: one Parameter in two places must not get the sum of both gradients twice.
-    alias = [t.view_as(t) if t is not None else None for t in inputs]
-    wide = [t.to(mean.dtype) if t is not None else None for t in alias]
-    x, w1, b1, gamma, beta, wh, bh, ww, bw = wide
-    given_mean, given_var = (mean, var) if norm == NORM_GIVEN else (None, None)
-    out = reference.coord_att(
-        x, w1, b1, gamma, beta, given_mean, given_var, wh, bh, ww, bw,
-        training=norm == NORM_BATCH, eps=eps, activation=tuple(reference.ACTIVATIONS)[activation], skip=skip,
-    )  # fmt: skip
-    wanted = [t for t, need in zip(alias, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True))
+def _is_observed():
+    """Whether a backward pass is itself differentiated or transformed: then it runs through the reference."""
+    if _is_compiling():
+        return False
+    return _is_grad_enabled() or _functorch_level() is not None or forward_ad._current_level >= 0
+
+
+def _reference_gradients(function, inputs, needed, grad):
+    """The needed gradients of function(*inputs), None for the others; they can be differentiated again."""
+    create_graph = _is_grad_enabled()
+    with torch.enable_grad():
+        # An alias of each input: one Parameter in two places must not get the sum of both gradients twice.
+        if create_graph:
+            alias = [None if t is None else t.view_as(t) for t in inputs]
+        else:
+            alias = [
+                None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needed)
+            ]
+        wanted = [t for t, need in zip(alias, needed) if need]
+        out = function(*alias)
+        found = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=create_graph))
     return [next(found) if need else None for need in needed]
+
+
+def _attention_in_reference(mean, var, eps, norm, activation, skip):
+    """The reference as a function of x and the parameters, in the accumulate dtype."""
+    statistics = (mean, var) if norm == NORM_GIVEN else (None, None)
+
+    def function(*inputs):
+        x, w1, b1, gamma, beta, wh, bh, ww, bw = (t if t is None else t.to(mean.dtype) for t in inputs)
+        return reference.coord_att(
+            x, w1, b1, gamma, beta, *statistics, wh, bh, ww, bw,
+            training=norm == NORM_BATCH, eps=eps, activation=_NAMES[activation], skip=skip,
+        )  # fmt: skip
+
+    return function
 
 
 # Pool and gate, for the hybrid tier -----------------------------------------------------------------
@@ -208,10 +234,8 @@ class _Gate(Function):
 
 def _pool_gradient(ctx, grad):
     (x,) = ctx.saved_tensors
-    if _is_grad_enabled() and not _is_compiling():
-        h, w = x.shape[2:]
-        rows, columns = torch.split(grad, [h, w], dim=2)
-        return rows / w + columns.transpose(2, 3) / h
+    if _is_observed():
+        return _reference_gradients(reference.pool, [x], [True], grad)[0]
     with _below_autograd():
         return _pool_backward(grad, x)
 
@@ -219,12 +243,9 @@ def _pool_gradient(ctx, grad):
 def _gate_gradients(ctx, grad):
     x, s_h, s_w = ctx.saved_tensors
     need = ctx.needs_input_grad
-    if _is_grad_enabled() and not _is_compiling():
-        alias = [t.view_as(t) for t in (x, s_h, s_w)]
-        wanted = [t for t, needed in zip(alias, need, strict=False) if needed]
-        out = reference.gate(*alias, ctx.skip)
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-        return (*(next(found) if needed else None for needed in need[:3]), None)
+    if _is_observed():
+        function = functools.partial(reference.gate, skip=ctx.skip)
+        return *_reference_gradients(function, (x, s_h, s_w), need[:3], grad), None
     with _below_autograd():
         dx, ds_h, ds_w = _gate_backward(grad, x, s_h, s_w, ctx.skip)
     return dx if need[0] else None, ds_h if need[1] else None, ds_w if need[2] else None, None
