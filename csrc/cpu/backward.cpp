@@ -8,15 +8,9 @@ namespace {
 
 constexpr int64_t block = 128;  // rows of the middle a task takes; fixed, so that sums do not depend on threads
 
-PlaneArgs plane(const Call& call, const Piece& p, const Map& grad, void* scratch) {
-  PlaneArgs a{};
-  a.h = call.shape.h;
-  a.w = call.shape.w;
-  a.c0 = p.c0;
-  a.c1 = p.c1;
-  a.skip = call.skip;
-  a.scratch = scratch;
-  a.grad = grad.data ? at(grad.data, p.image * grad.image, dtype_bytes(call.dtype)) : nullptr;
+PlaneArgs plane_of(const Call& call, const Piece& p, const Map& grad, Scratch& scratch) {
+  PlaneArgs a = plane_args(call, p, scratch);
+  a.grad = at(grad.data, p.image * grad.image, dtype_bytes(call.dtype));
   a.grad_step = grad.step;
   return a;
 }
@@ -30,7 +24,7 @@ void reduce(const Call& call, const Kernels& k, const Threads& threads, const Ma
     Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
-      PlaneArgs a = plane(call, p, grad, scratch.bytes(0));
+      PlaneArgs a = plane_of(call, p, grad, scratch);
       a.x = at(x.data, p.image * x.image, dtype_bytes(call.dtype));
       a.x_step = x.step;
       a.gates = image_rows(gates, s, p.image, s.c, bytes);
@@ -203,7 +197,7 @@ struct MixBackward {
       for (int64_t i = end - 1; i >= begin; --i) {  // backwards: what reduce read last is still in cache
         Piece p = pieces[i];
         AxisRows from = image_rows(dz, s, p.image, m, bytes);
-        PlaneArgs a = plane(b, p, b.grad, scratch.bytes(0));
+        PlaneArgs a = plane_of(b, p, b.grad, scratch);
         a.pooled = {dp, at(dp, s.h * c, bytes), c};
         AxpyArgs x{};
         x.a_row = m; x.a_depth = 1;
@@ -272,7 +266,7 @@ void pool_backward(const PoolArgs& p, const Threads& all_threads) {
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(plane_scratch_bytes(p.shape.h, p.shape.w, p.shape.c));
     for (int64_t i = begin; i < end; ++i) {
-      PlaneArgs a = plane(p, pieces[i], Map{}, scratch.bytes(0));
+      PlaneArgs a = plane_args(p, pieces[i], scratch);
       void* image = at(p.pooled, pieces[i].image * p.shape.length() * c, bytes);
       a.pooled = {image, at(image, p.shape.h * c, bytes), c};
       a.out = at(p.x.data, pieces[i].image * p.x.image, dtype_bytes(p.dtype));

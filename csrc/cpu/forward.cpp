@@ -6,20 +6,9 @@ namespace {
 
 const Threads one_thread = {1, nullptr};
 
-PlaneArgs plane(const Call& call, const Piece& p, void* scratch) {
-  PlaneArgs a{};
-  a.h = call.shape.h;
-  a.w = call.shape.w;
-  a.c0 = p.c0;
-  a.c1 = p.c1;
-  a.skip = call.skip;
-  a.scratch = scratch;
-  return a;
-}
-
 void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
   Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
-  PlaneArgs a = plane(f, p, scratch.bytes(0));
+  PlaneArgs a = plane_args(f, p, scratch);
   a.x = at(f.x.data, p.image * f.x.image, dtype_bytes(f.dtype));
   a.x_step = f.x.step;
   a.pooled = pooled;
@@ -62,7 +51,7 @@ void gate_piece(const ForwardArgs& f, const Kernels& k, const Middle& middle, co
   expand(f, k, p, y.h, f.shape.h, middle.conv_h, middle.expand_h, middle.bias_h, gates.h);
   expand(f, k, p, y.w, f.shape.w, middle.conv_w, middle.expand_w, middle.bias_w, gates.w);
   Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
-  PlaneArgs a = plane(f, p, scratch.bytes(0));
+  PlaneArgs a = plane_args(f, p, scratch);
   int64_t bytes = dtype_bytes(f.dtype);
   a.x = at(f.x.data, p.image * f.x.image, bytes);
   a.x_step = f.x.step;
@@ -222,7 +211,7 @@ void gate(const GateArgs& g, const Threads& all_threads) {
     Scratch scratch(plane_scratch_bytes(g.shape.h, g.shape.w, g.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
-      PlaneArgs a = plane(g, p, scratch.bytes(0));
+      PlaneArgs a = plane_args(g, p, scratch);
       a.x = at(g.x.data, p.image * g.x.image, size);
       a.x_step = g.x.step;
       a.out = at(g.out.data, p.image * g.out.image, size);

@@ -88,6 +88,17 @@ AxisRows image_rows(void* base, const Shape& s, int64_t image, int64_t width, in
   return r;
 }
 
+PlaneArgs plane_args(const Call& call, const Piece& p, Scratch& scratch) {
+  PlaneArgs a{};
+  a.h = call.shape.h;
+  a.w = call.shape.w;
+  a.c0 = p.c0;
+  a.c1 = p.c1;
+  a.skip = call.skip;
+  a.scratch = scratch.bytes(0);
+  return a;
+}
+
 void load_param(const Kernels& k, DType acc, const Param& p, int64_t count, void* to) {
   if (p.dtype == acc) memcpy(to, p.data, (size_t)(count * dtype_bytes(acc)));
   else k.map[(int)p.dtype].to_acc(p.data, to, count);

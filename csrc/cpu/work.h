@@ -69,6 +69,9 @@ Threads worth(const Threads& threads, double nanoseconds);
 // Rows of one image in a buffer of all rows (DESIGN: n*H + h, then N*H + n*W + w), `width` elements a row.
 AxisRows image_rows(void* base, const Shape& s, int64_t image, int64_t width, int64_t bytes);
 
+// What every kernel over planes takes, with the rest of the scratch memory for its own.
+PlaneArgs plane_args(const Call&, const Piece&, Scratch&);
+
 // The parameters in the accumulate type, prepared once per call from the caller's scratch.
 struct Middle {
   void* conv1_weight;              // [M, C]
