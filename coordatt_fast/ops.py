@@ -69,6 +69,8 @@ def _any_requires_grad(weights):
 
 def _attend_into(out, x, weights, activation, skip):
     compiling = _is_compiling()
+    if not compiling and torch._debug_has_internal_overlap(out) == 1:
+        raise RuntimeError(f"out (x, if in place) has elements that share memory: strides {out.stride()}")
     if not compiling and out is not x and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         # The two may overlap: written while it is read, x would come out wrong.
         return out.copy_(_attend(x, *weights, activation, skip))

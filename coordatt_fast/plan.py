@@ -63,9 +63,11 @@ class Passes(NamedTuple):
 class Plan:
     """How one call of a CoordAtt runs.
 
-    tier: "fused", "hybrid" or "reference"; backend: "cpu" or "reference"; reason, in words; passes: over
-    full-size tensors, "forward" and, where a gradient is recorded, "backward"; bytes: what they move for this
-    x.
+    tier: "fused", "hybrid" or "reference".
+    backend: "cpu" or "reference".
+    reason: in words.
+    passes: over full-size tensors, "forward" and, where a gradient is recorded, "backward".
+    bytes: what these passes move for this x.
     """
 
     tier: str
