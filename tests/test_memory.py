@@ -1,4 +1,6 @@
-"""Large outputs lie in blocks that the library keeps between calls: they must behave as any tensor's memory does."""
+"""Large outputs lie in blocks that the library keeps between calls: they must behave as any tensor's memory
+does.
+"""
 
 import copy
 import gc
@@ -92,7 +94,9 @@ def test_gradients_do_not_share_memory(call):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_sizes_and_dtypes_in_between(call, layout):
-    """A block that comes back for a smaller output, another dtype or layout is written whole: nothing old shows through."""
+    """A block that comes back for a smaller output, another dtype or layout is written whole: nothing old
+    shows through.
+    """
     run, x = call
     for shrink in (0, 1, 2, 5):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -147,7 +151,22 @@ def _swapped(t):
     return other
 
 
-@pytest.mark.parametrize("use", USES)
+# The one difference, stated in docs/how-it-works.md: a large output's storage keeps its size.
+RESIZING = ("resize_ larger", "storage resized to nothing and back")
+
+
+@pytest.mark.parametrize("use", RESIZING)
+def test_large_outputs_keep_their_size(call, use):
+    run, x = call
+    out = run(x)
+    if out.nbytes < 1 << 20:
+        pytest.skip("a small output is torch's own memory")
+    with pytest.raises(RuntimeError, match="not resizable"):
+        USES[use](out)
+    assert out.untyped_storage().nbytes() >= x.nbytes
+
+
+@pytest.mark.parametrize("use", [use for use in USES if use not in RESIZING])
 def test_it_is_a_tensor_like_any_other(call, use):
     """What plain PyTorch allows with an output works with ours, and gives the same."""
     run, x = call
@@ -198,7 +217,9 @@ with torch.no_grad(), use_backend("cpu"):
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
 @pytest.mark.parametrize("limit", ["0", "64", None])
 def test_what_is_kept_is_bounded(limit):
-    """After 490 MB of outputs at once, at most COORDATT_FAST_KEEP_MB (256 unless told otherwise) are held on to."""
+    """After 490 MB of outputs at once, at most COORDATT_FAST_KEEP_MB (256 unless told otherwise) are held on
+    to.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "COORDATT_FAST_POISON"}
     if limit is not None:
         environment["COORDATT_FAST_KEEP_MB"] = limit
