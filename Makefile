@@ -7,7 +7,7 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 REQUIREMENTS := $(wildcard requirements/*.txt)
 
 .PHONY: venv test bench bench-micro lint clean
@@ -32,7 +32,7 @@ bench: venv
 bench-micro: venv
 	$(BIN)/pytest bench/micro $(ARGS)
 
-lint: venv
+lint: .venv/installed
 	$(BIN)/ruff check
 
 clean:
