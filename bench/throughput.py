@@ -97,9 +97,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--compile-shapes",
         type=int,
-        default=3,
+        default=2,
         metavar="K",
-        help="torch.compile takes part in K shapes of every mode and batch (default 3: compiling takes long)",
+        help="torch.compile takes part in K shapes of every mode and batch (default 2: compiling takes long)",
     )
     how.add_argument(
         "--threads",
@@ -112,9 +112,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     how.add_argument(
         "--budget",
         type=float,
-        default=240.0,
+        default=270.0,
         metavar="SECONDS",
-        help="leave out what does not fit, and say so (default 240; 0: no limit)",
+        help="leave out what does not fit, and say so (default 270; 0: no limit)",
     )
     how.add_argument(
         "--quick", action="store_true", help="few rounds, two shapes, small photographs, eager only"

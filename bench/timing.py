@@ -31,6 +31,7 @@ PAGES: dict[str, dict[str, str]] = {
 }
 PAGES_SHORT = {"plain": "plain malloc", "fresh": "fresh pages", "kept": "kept pages"}
 LARGE_OUTPUT = 16_000_000  # bytes; above it, fresh and kept pages are measured apart
+COSTLY_CALL = 0.5  # seconds; a call this long is not made again just to warm up
 LONG_BLOCK = 0.05  # seconds; a block this long needs no warm-up block of its own in every round
 
 
@@ -111,7 +112,9 @@ class Race:
 
 def calls_per_block(contestant: Contestant, block: float) -> tuple[int, float]:
     """How many calls fill ``block`` seconds, and what they took; finding out warms the contestant up."""
-    calls = 1
+    calls, took = 1, contestant.run(1)
+    if took >= COSTLY_CALL:
+        return calls, took
     while True:
         took = contestant.run(calls)
         if took >= block or calls >= 1 << 20:
@@ -126,14 +129,13 @@ def race(
     least_rounds: int = 3,
     block: float = 0.005,
     limit: float = float("inf"),
-    warm_up: int = 1,
     seed: int = 0,
 ) -> Race:
     """Time the contestants against each other.
 
     Up to ``rounds`` rounds, fewer (not below ``least_rounds``) when ``limit`` seconds are spent. Each block
-    lasts at least ``block`` seconds and follows a block that is not timed, which wakes the threads and warms
-    the caches.
+    lasts at least ``block`` seconds and, unless that is long, follows one that is not timed, which wakes the
+    threads and warms the caches.
     """
     shuffler = random.Random(seed)
     order = list(contestants)
@@ -145,7 +147,6 @@ def race(
     gc.disable()
     try:
         for name, contestant in contestants.items():
-            contestant.run(warm_up)
             result.calls[name], took = calls_per_block(contestant, block)
             short[name] = took < LONG_BLOCK
             time.sleep(contestant.rest)
