@@ -1,4 +1,4 @@
-"""Poisoned memory for every test, seeds, and the fixtures that choose backend, SIMD level and thread count."""
+"""Poisoned memory for every test, seeds, and the fixtures that choose backend and SIMD level."""
 
 import os
 
@@ -59,7 +59,9 @@ def _fresh_state():
 
 @pytest.fixture
 def cpu():
-    """Runs the test on the compiled kernels, by explicit choice: a call they cannot take raises instead of falling back."""
+    """Runs the test on the compiled kernels, by explicit choice: a call they cannot take raises instead of
+    falling back.
+    """
     from coordatt_fast import backends, use_backend
 
     entry = backends()["cpu"]

@@ -1,7 +1,8 @@
 """One call, three ways: the truth, plain PyTorch, and the package, on the same data.
 
-A Case says what is computed; data(case, seed) draws its tensors; compare(case) runs the three and applies tolerances.py.
-Results are dicts of tensors: "out", "d x", "d conv1.weight", ... and the running statistics under their buffer names.
+A Case says what is computed; data(case, seed) draws its tensors; compare(case) runs the three and applies
+tolerances.py. Results are dicts of tensors: "out", "d x", "d conv1.weight", ... and the running statistics
+under their buffer names.
 """
 
 import contextlib
@@ -65,7 +66,9 @@ class Data:
 
 
 def feature_map(shape, generator, dtype=torch.float32, layout="nchw"):
-    """Noise plus an offset per row and per column, so that strip means differ from strip to strip at any size."""
+    """Noise plus an offset per row and per column, so that strip means differ from strip to strip at any
+    size.
+    """
     n, c, h, w = shape
     draw = lambda *size: torch.randn(size, generator=generator, dtype=torch.float64)
     x = draw(n, c, h, w) + draw(n, c, h, 1) + draw(n, c, 1, w)
@@ -73,7 +76,9 @@ def feature_map(shape, generator, dtype=torch.float32, layout="nchw"):
 
 
 def data(case, seed=0):
-    """Weights large enough that the gates spread over (0.05, 0.95): with default ones they are all near one half."""
+    """Weights large enough that the gates spread over (0.05, 0.95): with default ones they are all near one
+    half.
+    """
     g = torch.Generator().manual_seed(1000 + seed)
     draw = lambda *size: torch.randn(size, generator=g, dtype=torch.float64)
     channels, mid = case.shape[1], case.mid
@@ -110,7 +115,9 @@ def build(cls, case, params, dtype=None):
 
 
 def run(module, x, grad=None):
-    """Results of one call of the module on x, and of its backward when grad is given. x itself is not touched."""
+    """Results of one call of the module on x, and of its backward when grad is given. x itself is not
+    touched.
+    """
     if grad is None:
         with torch.no_grad():
             results = {"out": module(x)}
@@ -148,7 +155,9 @@ def plain(case, d, backward=True):
 
 
 def plain_in_other_orders(case, d, backward=True):
-    """The same numbers from plain PyTorch summed in two other orders: rows and columns mirrored; channels permuted."""
+    """The same numbers from plain PyTorch summed in two other orders: rows and columns mirrored; channels
+    permuted.
+    """
     mirrored = plain(case, Data(d.x.flip(2, 3), d.grad.flip(2, 3), d.params), backward)
     for name in ("out", "d x"):
         if name in mirrored:
@@ -182,7 +191,9 @@ def fast(case, d, backward=True):
 
 
 def fused(case, d, backward=True):
-    """The package, with proof that it was the compiled kernels that ran (tests ask for backend cpu explicitly)."""
+    """The package, with proof that it was the compiled kernels that ran (tests ask for backend cpu
+    explicitly).
+    """
     module = build(CoordAtt, case, d.params)
     with autocast(case), torch.set_grad_enabled(backward):
         plan = explain(module, d.x)
@@ -205,7 +216,7 @@ def yardstick(case, backward):
 
 
 def compare(case, backward=True, under_test=fast):
-    """Fails unless under_test, for every draw of the case, is as close to the truth as tolerances.py demands."""
+    """Fails unless under_test is as close to the truth as tolerances.py demands, over all draws."""
     results = [under_test(case, data(case, seed), backward) for seed in draws(case.shape)]
     tolerances.check(
         results,

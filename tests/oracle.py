@@ -1,7 +1,9 @@
-"""The function and its derivatives in numpy's long double: the truth for float64, and a check on the truth itself.
+"""The function and its derivatives in numpy's long double: the truth for float64, and a check on the truth
+itself.
 
-Written from the equations, forward and backward by hand, without autograd and without torch arithmetic. On x86 long
-double carries 64 mantissa bits, on aarch64 Linux 113: float64's own rounding (2^-53) becomes visible against it.
+Written from the equations, forward and backward by hand, without autograd and without torch arithmetic. On
+x86 long double carries 64 mantissa bits, on aarch64 Linux 113: float64's own rounding (2^-53) becomes visible
+against it.
 """
 
 import numpy as np

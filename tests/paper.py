@@ -1,9 +1,10 @@
 """The paper's block, written once more from the article and on its own: the yardstick of every test.
 
-It follows figure 2(c) and equations 4 to 8 of Hou, Zhou, Feng, "Coordinate Attention for Efficient Mobile Network
-Design" (CVPR 2021) operation by operation: two adaptive pools, one concatenation, 1x1 convolution, batch normalisation,
-activation, split, two 1x1 convolutions, two sigmoids, one product. Nothing here is imported from the package under test.
-Run in float64 it is the truth; run in another dtype it is "plain PyTorch in that dtype".
+It follows figure 2(c) and equations 4 to 8 of Hou, Zhou, Feng, "Coordinate Attention for Efficient Mobile
+Network Design" (CVPR 2021) operation by operation: two adaptive pools, one concatenation, 1x1 convolution,
+batch normalisation, activation, split, two 1x1 convolutions, two sigmoids, one product. Nothing here is
+imported from the package under test. Run in float64 it is the truth; run in another dtype it is "plain
+PyTorch in that dtype".
 """
 
 import torch

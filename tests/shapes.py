@@ -1,4 +1,6 @@
-"""Shapes that find what round shapes hide. (N, C, H, W), mid. Small on purpose: the suite has minutes, not hours."""
+"""Shapes that find what round shapes hide. (N, C, H, W), mid. Small on purpose: the suite has minutes, not
+hours.
+"""
 
 # Each line names what it is awkward for.
 AWKWARD = {

@@ -20,11 +20,11 @@ from coordatt_fast import CoordAtt, coord_att, use_backend
 from harness import FLOATS, LAYOUTS, Case, build, data
 from shapes import AWKWARD, FEW
 
-libc = ctypes.CDLL(None, use_errno=True)
+libc, size_t = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t
 libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mmap.argtypes = [ctypes.c_void_p, size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, size_t]
 PAGE = mmap.PAGESIZE
 mapped = []
 

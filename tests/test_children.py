@@ -1,4 +1,6 @@
-"""Hooks and replaced children: they run, they are honoured, and the numbers are the paper's with the same change."""
+"""Hooks and replaced children: they run, they are honoured, and the numbers are the paper's with the same
+change.
+"""
 
 import types
 
@@ -17,7 +19,8 @@ CHILDREN = ["pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w"]
 
 
 def compare_changed(change, *, norm="batch", tier="hybrid", shift_cancels=False):
-    """Applies the same change to our module and to the paper's; results must agree and the tier must be the one named.
+    """Applies the same change to our module and to the paper's; results must agree and the tier must be the
+    one named.
 
     shift_cancels: the norm takes out conv1's bias, whose gradient is then noise around zero in both.
     """
@@ -308,7 +311,7 @@ def test_subclass_of_the_block():
 
 
 def test_quantised_child():
-    """A dynamically built child without parameters of its own (weights in another form) is called, not read."""
+    """A child without parameters of its own (weights in another form) is called, not read."""
 
     class Packed(nn.Module):
         def __init__(self, conv):

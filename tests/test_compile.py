@@ -158,7 +158,7 @@ def test_export_with_dynamic_sizes():
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_with_dynamic_axes():
-    """The tracing exporter, where plain AdaptiveAvgPool2d fails; run by onnx's own evaluator at another size."""
+    """The tracing exporter, where AdaptiveAvgPool2d fails; run by onnx's own evaluator at another size."""
     onnx = pytest.importorskip("onnx")
     reference = pytest.importorskip("onnx.reference")
     file, net = io.BytesIO(), network(CoordAtt).eval()

@@ -10,7 +10,8 @@ from coordatt_fast import CoordAtt
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
-# Beside the usual ones: an image large enough that one image is split over threads, and a batch that does not divide.
+# Beside the usual ones: an image large enough that one image is split over threads, and a batch that does not
+# divide.
 SHAPES = {name: AWKWARD[name] for name in FEW} | {
     "one big image": ((1, 64, 64, 65), 8),
     "one tall image": ((1, 8, 500, 40), 8),

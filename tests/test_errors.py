@@ -1,4 +1,6 @@
-"""Bad input raises what the plain module raises, with a message that names the argument, the value and what is right."""
+"""Bad input raises what the plain module raises, with a message that names the argument, the value and what
+is right.
+"""
 
 import pytest
 import torch
@@ -126,7 +128,8 @@ def test_module(backend, case, grad, training):
         before = {k: v.clone() for k, v in module.state_dict().items()}
         with pytest.raises(Exception) as ours:
             module(x)
-    # A value that is no tensor has no attribute .size in the original: AttributeError; TypeError says the same better.
+    # A value that is no tensor has no attribute .size in the original: AttributeError; TypeError says the
+    # same better.
     expected = (theirs.type, TypeError) if theirs.type is AttributeError else theirs.type
     assert issubclass(ours.type, expected), (
         f"{ours.type.__name__}, plain raises {theirs.type.__name__}: {ours.value}"
@@ -249,7 +252,9 @@ def test_out_with_gradients(cpu):
 
 
 def test_out_that_overlaps_x(cpu):
-    """Shifted by one row, a kernel would read what it has just written: refused, or computed as if there were no overlap."""
+    """Shifted by one row, a kernel would read what it has just written: refused, or computed as if there were
+    no overlap.
+    """
     memory = torch.randn(3, WIDTH, 5, 6)
     x, out = memory[:2], memory[1:]
     torch.manual_seed(0)

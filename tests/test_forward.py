@@ -80,7 +80,9 @@ def test_functional_form_is_the_module(shape, dtype, norm):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", FEW)
 def test_out_and_inplace(shape, dtype, layout, skip):
-    """out= is written whole, between guards that stay as they were; in place gives the same bits as out of place."""
+    """out= is written whole, between guards that stay as they were; in place gives the same bits as out of
+    place.
+    """
     case = Case(*AWKWARD[shape], dtype=FLOATS[dtype], layout=layout, norm="running", skip=skip)
     d = data(case)
     expected = fused(case, d, backward=False)["out"]
@@ -107,7 +109,9 @@ def test_out_and_inplace(shape, dtype, layout, skip):
 
 
 def test_inplace_is_for_inference_only():
-    """With gradients on, x is needed for backward: inplace=True must not destroy it, nor return wrong gradients."""
+    """With gradients on, x is needed for backward: inplace=True must not destroy it, nor return wrong
+    gradients.
+    """
     case = Case(*AWKWARD["primes"], norm="running")
     d = data(case)
     module = build(CoordAtt, case, d.params)

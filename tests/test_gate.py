@@ -66,7 +66,7 @@ def test_every_simd_level(shape, layout, simd):
 @pytest.mark.parametrize("logit_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_logits_of_another_dtype(dtype, logit_dtype):
-    """Logits come in whatever dtype the module's own convolutions gave; their gradients go back in the same."""
+    """Logits come in whatever dtype the module's convolutions gave; their gradients go back in it."""
     named, grad = inputs(AWKWARD["primes"][0], FLOATS[dtype], "nchw", 0)
     named = {k: v if k == "x" else v.to(FLOATS[logit_dtype]) for k, v in named.items()}
     got = gradients(gate, named, grad)
@@ -125,8 +125,9 @@ def test_saturated_logits(dtype):
     compute = torch.finfo(torch.promote_types(dtype, torch.float32))
     for name, value in got.items():
         wrong = (value.double() - expected[name]).abs()
-        # Relative to each element; below the smallest normal number of either dtype only the absolute size counts. The
-        # gradient of a saturated logit is a (1 - a): where a rounds to one it is zero, in plain PyTorch too.
+        # Relative to each element; below the smallest normal number of either dtype only the absolute size
+        # counts. The gradient of a saturated logit is a (1 - a): where a rounds to one it is zero, in plain
+        # PyTorch too.
         tiny = max(compute.tiny, torch.finfo(dtype).tiny) + (
             count * 3 * compute.eps if name == "d s_h" else 0
         )

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from harness import LAYOUTS, Case, build, data
-from paper import ACTIVATIONS
+from paper import ACTIVATIONS, PaperCoordAtt
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from coordatt_fast import CoordAtt
+from coordatt_fast import CoordAtt, use_backend
 
 
 def problem(layout="nchw", shape=(2, 3, 4, 5), mid=2, **options):
@@ -51,6 +51,32 @@ def test_second_order(backend, activation, norm):
     """Gradient penalties differentiate the gradient: it must carry its own graph, through the reference."""
     function, inputs = problem(shape=(2, 2, 2, 3), activation=activation, norm=norm)
     assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("norm", ["batch", "running"])
+def test_batched_gradients(backend, norm):
+    """is_grads_batched, as vectorised Jacobians use it: one backward pass for several gradients at once."""
+    function, inputs = problem(norm=norm)
+    out = function(*inputs)
+    grads = torch.randn(3, *out.shape, dtype=out.dtype)
+    together = torch.autograd.grad(out, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        alone = torch.autograd.grad(out, inputs, grad, retain_graph=True)
+        for a, b in zip(together, alone):
+            assert torch.allclose(a[i], b, rtol=1e-9, atol=1e-12)
+
+
+def test_hessian(backend):
+    """Reverse over reverse and forward over reverse give the same second derivatives as the paper's module."""
+    case = Case((1, 2, 2, 3), 2, torch.float64, norm="running")
+    d = data(case)
+    ours, theirs = (build(cls, case, d.params) for cls in (CoordAtt, PaperCoordAtt))
+    expected = torch.autograd.functional.hessian(lambda x: theirs(x).square().sum(), d.x)
+    hessian = torch.autograd.functional.hessian
+    assert torch.allclose(hessian(lambda x: ours(x).square().sum(), d.x), expected)
+    assert torch.allclose(hessian(lambda x: ours(x).square().sum(), d.x, vectorize=True), expected)
+    with use_backend("auto"):
+        assert torch.allclose(torch.func.hessian(lambda x: ours(x).square().sum())(d.x), expected)
 
 
 @pytest.mark.parametrize("op", ["pool", "gate"])

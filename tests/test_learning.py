@@ -1,4 +1,6 @@
-"""A small network learns handwritten digits, once with the paper's block and once with ours, from the same start."""
+"""A small network learns handwritten digits, once with the paper's block and once with ours, from the same
+start.
+"""
 
 import functools
 
@@ -61,8 +63,9 @@ def train(block, dtype, layout, backend=None):
     return torch.tensor(losses, dtype=torch.float64), right
 
 
-# Two runs of the paper's own block that differ only in memory format, or in how the pools sum, part by 1.5e-15 in float64
-# and by 4.5e-7 in float32 over these steps. Twenty times that and more is left for another machine's convolutions.
+# Two runs of the paper's own block that differ only in memory format, or in how the pools sum, part by
+# 1.5e-15 in float64 and by 4.5e-7 in float32 over these steps. Twenty times that and more is left for another
+# machine's convolutions.
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 

@@ -203,7 +203,9 @@ def test_gradient_checkpointing(backend, reentrant):
 @pytest.mark.parametrize("norm", ["batch", "running", "none"])
 @pytest.mark.parametrize("shape", FEW)
 def test_only_x_is_kept_for_backward(cpu, shape, norm, layout, autocast):
-    """Of tensors as large as x only x itself is saved; all others together hold at most 3 N (C + M) (H + W) numbers."""
+    """Of tensors as large as x only x itself is saved; all others together hold at most 3 N (C + M) (H + W)
+    numbers.
+    """
     case = Case(
         *AWKWARD[shape], torch.bfloat16 if autocast else torch.float32, autocast, layout, norm, skip=True
     )
@@ -256,7 +258,7 @@ def test_x_changed_between_forward_and_backward_is_noticed(backend):
 
 
 def test_output_is_fresh(backend):
-    """Changing the output in place (ReLU(inplace=True) behind the block) changes neither x nor the gradients."""
+    """ReLU(inplace=True) behind the block changes the output, but neither x nor the gradients."""
     d, ours, theirs = pair()
     results = []
     for module in (ours, theirs):

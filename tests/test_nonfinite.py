@@ -23,7 +23,9 @@ EXACT = {"NaN": torch.isnan, "+inf": torch.isposinf, "-inf": torch.isneginf}
 
 
 def same_kind(got, expected, message, kinds=EXACT):
-    """NaN, +inf and -inf at the same elements; finite elements agree to a few per cent (accuracy has its own tests)."""
+    """NaN, +inf and -inf at the same elements; finite elements agree to a few per cent (accuracy has its own
+    tests).
+    """
     assert got.shape == expected.shape
     for kind, test in kinds.items():
         a, b = test(got), test(expected)
@@ -31,7 +33,8 @@ def same_kind(got, expected, message, kinds=EXACT):
             where = (a != b).nonzero()
             raise AssertionError(
                 f"{message}: {kind} at {int(a.sum())} elements, expected {int(b.sum())}; first difference at "
-                f"{where[0].tolist()}: got {got[tuple(where[0])].item()}, expected {expected[tuple(where[0])].item()}"
+                f"{where[0].tolist()}: got {got[tuple(where[0])].item()}, "
+                f"expected {expected[tuple(where[0])].item()}"
             )
     finite = torch.isfinite(expected)
     a, b = got[finite].double(), expected[finite].double()
@@ -79,9 +82,9 @@ def test_forward_at_every_simd_level(simd_dtype, layout, simd):
 def test_backward_from_the_gradient(value, norm, dtype, layout):
     """A non-finite gradient, as loss scaling meets it: every parameter's gradient must show it.
 
-    A sum over terms of both infinite signs is NaN, of one sign infinite: which it is depends on how the formula is
-    arranged (plain PyTorch's convolution multiplies padding by infinity). For an infinite gradient the elements that
-    are not finite have to be the same ones, and NaN has to stay NaN.
+    A sum over terms of both infinite signs is NaN, of one sign infinite: which it is depends on how the
+    formula is arranged (plain PyTorch's convolution multiplies padding by infinity). For an infinite gradient
+    the elements that are not finite have to be the same ones, and NaN has to stay NaN.
     """
     kinds = EXACT if value == "nan" else {"not finite": not_finite}
     case = Case(SHAPE, MID, dtype=FLOATS[dtype], layout=layout, norm=norm)

@@ -1,4 +1,6 @@
-"""explain() tells what a call does: checked against what the profiler sees it do. Explicit choices are kept or raise."""
+"""explain() tells what a call does: checked against what the profiler sees it do. Explicit choices are kept
+or raise.
+"""
 
 import os
 import subprocess

@@ -51,7 +51,9 @@ def test_every_simd_level(shape, layout, simd):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", FEW)
 def test_each_strip_has_its_own_mean(shape, layout):
-    """Integers small enough that every sum is exact: each strip's mean is known in every bit, and no two are equal."""
+    """Integers small enough that every sum is exact: each strip's mean is known in every bit, and no two are
+    equal.
+    """
     n, c, h, w = AWKWARD[shape][0]
     x = torch.zeros(n, c, h, w).contiguous(memory_format=LAYOUTS[layout])
     x += torch.arange(n * c * h).reshape(n, c, h, 1) % 509
@@ -65,11 +67,14 @@ def test_each_strip_has_its_own_mean(shape, layout):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_long_sums_keep_their_small_terms(dtype):
-    """65504 terms of about one. Summed in half precision they would stick at 2^8 or 2^11, in float32 one by one they drift."""
+    """65504 terms of about one. Summed in half precision they would stick at 2^8 or 2^11, in float32 one by
+    one they drift.
+    """
     dtype = FLOATS[dtype]
     x = 1 + torch.rand(1, 2, 4, 16384, generator=torch.Generator().manual_seed(0)).to(dtype)
     got, expected = pool(x).double(), paper_pool(x.double())
-    # Eight or more partial sums of at most 2^11 terms: errors below 2^11 roundings of half an ulp, and usually their root.
+    # Eight or more partial sums of at most 2^11 terms: errors below 2^11 roundings of half an ulp, and
+    # usually their root.
     slack = 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps + torch.finfo(dtype).eps
     assert ((got - expected).abs() <= slack * expected).all()
 

@@ -1,4 +1,4 @@
-"""The reference is the paper's function: output, every gradient and the running statistics, value by value."""
+"""The reference is the paper's function: output, every gradient and running statistics."""
 
 import pytest
 import tolerances
@@ -19,7 +19,9 @@ def _reference():
 
 
 def noisy_bias(case, d, backward=True):
-    """The reference's results; conv1.bias' gradient, noise around zero under batch statistics, is checked on its own."""
+    """The reference's results; conv1.bias' gradient, noise around zero under batch statistics, is checked on
+    its own.
+    """
     results = run(build(CoordAtt, case, d.params), d.x, d.grad if backward else None)
     for name in case.exactly_zero:
         if name in results:

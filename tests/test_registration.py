@@ -112,7 +112,9 @@ RELAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 def test_fake_has_the_strides_of_the_real_one(op, layout, relayout):
-    """The compiler plans memory by the fake: size, strides, dtype must be what the kernel returns, layout by layout."""
+    """The compiler plans memory by the fake: size, strides, dtype must be what the kernel returns, layout by
+    layout.
+    """
     for case, needs in itertools.product(list(CASES.values())[:5], (0x1FF, 0x001, 0x002, 0x1FE)):
         case = case.but(layout=layout)
         if not fits(op, case) or (needs != 0x1FF and op != "attend_backward"):
@@ -155,7 +157,9 @@ def test_needs_decide_what_is_computed(case):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_attend_is_attend_train(dtype):
-    """Inference and training forward are one function: the same bits where both run, and the saved tensors are true."""
+    """Inference and training forward are one function: the same bits where both run, and the saved tensors
+    are true.
+    """
     for layout in LAYOUTS:
         for norm in ("running", "none"):
             case = Case(*AWKWARD["primes"], dtype=FLOATS[dtype], layout=layout, norm=norm)
@@ -190,7 +194,9 @@ def test_attend_is_attend_train(dtype):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_update_running_stats(momentum):
-    """Biased variance in, unbiased out; None averages over num_batches_tracked; each of the three may be missing."""
+    """Biased variance in, unbiased out; None averages over num_batches_tracked; each of the three may be
+    missing.
+    """
     rows, mid = 7, 5
     squeezed, mean, var = torch.randn(rows, mid), torch.randn(mid), torch.rand(mid)
     for present in itertools.product([True, False], repeat=2):

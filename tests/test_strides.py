@@ -1,4 +1,4 @@
-"""x and its gradient in every memory layout a network produces: values, and the strides of what comes back."""
+"""x and its gradient in every memory layout a network produces: values, and strides of the results."""
 
 import pytest
 import tolerances
@@ -56,7 +56,9 @@ def norm(request):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("relayout", RELAYOUTS)
 def test_layout_of_x(relayout, dtype, norm):
-    """Numbers do not depend on where x lies. Slices of a layout come back dense in it, other strides in either."""
+    """Numbers do not depend on where x lies. Slices of a layout come back dense in it, other strides in
+    either.
+    """
     case = Case(SHAPE, MID, dtype=FLOATS[dtype], norm=norm)
     d = data(case)
     x = RELAYOUTS[relayout](d.x)
@@ -66,7 +68,8 @@ def test_layout_of_x(relayout, dtype, norm):
     assert explain(module, x).tier == "fused"
     got = run(module, x, d.grad)
     tolerances.assert_same_bits(x, kept, "x was changed")
-    # One layout may sum in another order than the other, so equality is up to a few roundings of the arithmetic.
+    # One layout may sum in another order than the other, so equality is up to a few roundings of the
+    # arithmetic.
     expected = run(build(CoordAtt, case, d.params), d.x, d.grad)
     slack = 64 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
     for name in expected:
@@ -101,7 +104,7 @@ def test_slices_give_the_same_bits_as_their_copy(relayout, layout, norm):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("relayout", RELAYOUTS)
 def test_layout_of_the_gradient(relayout, layout, norm):
-    """The gradient arrives in a layout of its own (a slice of a cat, the other memory format); dx follows x."""
+    """The gradient has a layout of its own (a slice of a cat, the other memory format); dx follows x."""
     case = Case(SHAPE, MID, layout=layout, norm=norm)
     d = data(case)
     grad = RELAYOUTS[relayout](d.grad)
@@ -169,7 +172,9 @@ def test_chunks_of_one_tensor():
 
 @pytest.mark.parametrize("shape", ["all-ones", "H=1", "W=1", "one-channel"])
 def test_ambiguous_strides(shape):
-    """Where sizes of one make a tensor both contiguous and channels_last, or give a dimension of one an odd stride."""
+    """Where sizes of one make a tensor both contiguous and channels_last, or give a dimension of one an odd
+    stride.
+    """
     case = Case(*AWKWARD[shape], norm="running")
     d = data(case)
     expected = run(build(CoordAtt, case, d.params), d.x, d.grad)

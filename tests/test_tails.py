@@ -1,7 +1,8 @@
-"""Every width, height, channel count and middle up to a few vectors: no remainder of any loop is left out or doubled.
+"""Every width, height, channel count and middle up to a few vectors: no remainder of any loop is left out or
+doubled.
 
-Accuracy has its own tests. Here each of thousands of shapes is run once and only has to be the right function: leaving one
-element out of a strip of at most 145 is an error of 1/145 of that strip.
+Accuracy has its own tests. Here each of thousands of shapes is run once and only has to be the right
+function: leaving one element out of a strip of at most 145 is an error of 1/145 of that strip.
 """
 
 import functools
@@ -14,7 +15,8 @@ from harness import FLOATS, LAYOUTS, Case, data
 
 LONG = [*range(18, 70), 95, 96, 97, 127, 128, 129, 130, 143, 144, 145]
 SWEEPS = {
-    # Small planes are walked flat, two rows to a vector, or back to back: all of them, and one channel over a vector.
+    # Small planes are walked flat, two rows to a vector, or back to back: all of them, and one channel over a
+    # vector.
     "small maps": [((1, 19, h, w), 8) for h in range(1, 18) for w in range(1, 18)],
     "flat maps": [((1, 17, h, w), 8) for h in (19, 24, 25, 31, 32, 33) for w in (9, 16, 17, 31, 32, 33)],
     "widths": [((1, 5, h, w), 8) for h in (1, 3) for w in LONG],
@@ -80,7 +82,8 @@ def spaced(t, step):
     return wide.permute(0, 3, 1, 2)[:, :c].copy_(t)
 
 
-# Maps beyond 2 MB and 64 channels are walked in another order; spacing the pixels out makes small ones count as such.
+# Maps beyond 2 MB and 64 channels are walked in another order; spacing the pixels out makes small ones count
+# as such.
 WALKED = [((1, c, 5, 7), 8) for c in [*range(65, 84), 95, 96, 97, 127, 128, 129]]
 WALKED += [((1, 67, h, w), 8) for h in range(1, 10) for w in (1, 2, 7)]
 WALKED += [((1, 65, 2, w), 8) for w in (63, 64, 65, 127, 128, 129, 130)]

@@ -70,7 +70,9 @@ SUBSETS += [["x", "bn1.weight"], ["conv1.weight", "conv1.bias"], ["x", "conv_w.b
 @pytest.mark.parametrize("norm", ["batch", "running"])
 @pytest.mark.parametrize("wanted", SUBSETS, ids=lambda names: f"{len(names)}-{names[0]}")
 def test_only_what_is_asked_for(wanted, norm):
-    """Frozen parameters, frozen x: the gradients that are left are the same in every bit, the others stay None."""
+    """Frozen parameters, frozen x: the gradients that are left are the same in every bit, the others stay
+    None.
+    """
     for shape, layout in zip(TWO, ("nhwc", "nchw")):
         case = Case(*AWKWARD[shape], norm=norm, layout=layout)
         d = data(case)
@@ -156,9 +158,11 @@ def test_without_running_statistics(shape):
         assert not ours["d conv1.bias"].any()
 
 
-@pytest.mark.parametrize("bn_training, module_training", itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize("bn_training, module_training", list(itertools.product([True, False], repeat=2)))
 def test_flag_of_the_norm_alone_decides(bn_training, module_training):
-    """Frozen BN in a training network, and the reverse: bn1.training is what counts, as in the paper's module."""
+    """Frozen BN in a training network, and the reverse: bn1.training is what counts, as in the paper's
+    module.
+    """
     case = Case(*AWKWARD["primes"], dtype=torch.float64)
     d = data(case)
     results = []
@@ -171,6 +175,39 @@ def test_flag_of_the_norm_alone_decides(bn_training, module_training):
     theirs, ours = results
     for name in theirs:
         if not (bn_training and name == "d conv1.bias"):
+            assert max(tolerances.errors(ours[name], theirs[name])) < tolerances.FORMULAS_AGREE, name
+
+
+SETTINGS = {
+    "track_running_stats off, buffers there": lambda bn: setattr(bn, "track_running_stats", False),
+    "no counter": lambda bn: setattr(bn, "num_batches_tracked", None),
+    "no counter, momentum None": lambda bn: [
+        setattr(bn, n, None) for n in ("num_batches_tracked", "momentum")
+    ],
+    "buffers taken away": lambda bn: [setattr(bn, n, None) for n in ("running_mean", "running_var")],
+    "buffers exchanged": lambda bn: setattr(bn, "running_mean", torch.ones_like(bn.running_mean)),
+    "momentum and eps": lambda bn: [setattr(bn, n, v) for n, v in (("momentum", 0.5), ("eps", 0.1))],
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_the_norm_changed_later(setting, training):
+    """nn.BatchNorm2d reads its attributes at every call, and so do we: gradients and buffers as with the
+    paper's.
+    """
+    case = Case(*AWKWARD["primes"], dtype=torch.float64)
+    d = data(case)
+    results = []
+    for cls in (PaperCoordAtt, CoordAtt):
+        module = build(cls, case, d.params).train(training)
+        SETTINGS[setting](module.bn1)
+        results.append(run(module, d.x, d.grad))
+        results[-1] |= {n: b.double() for n, b in module.bn1.named_buffers() if b is not None}
+    theirs, ours = results
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        if name != "d conv1.bias":
             assert max(tolerances.errors(ours[name], theirs[name])) < tolerances.FORMULAS_AGREE, name
 
 

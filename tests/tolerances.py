@@ -1,22 +1,23 @@
 """The numerical contract as one function and one table.
 
-For every result of a call (output, each gradient, running statistics) three values exist on the same data: the truth
-(float64; long double where the case itself is float64), what plain PyTorch gives in the case's dtype, and what is under
-test. The error of the latter may be at most
+For every result of a call (output, each gradient, running statistics) three values exist on the same data:
+the truth (float64; long double where the case itself is float64), what plain PyTorch gives in the case's
+dtype, and what is under test. The error of the latter may be at most
 
     factor x (plain PyTorch's error)  +  FLOOR_ULPS x eps(dtype of the result)
 
 in each of three measures:
 
-    norm     root mean square of the error / root mean square of the truth                            factor NORM_FACTOR
-    tensor   largest |error| / largest |truth|                                                     factor ELEMENT_FACTOR
-    local    largest |error| / (|truth| of the same element + mean |truth| of its slice)           factor ELEMENT_FACTOR
+    norm     root mean square of the error / root mean square of the truth                 NORM_FACTOR
+    tensor   largest |error| / largest |truth|                                             ELEMENT_FACTOR
+    local    largest |error| / (|truth| of the same element + mean |truth| of its slice)   ELEMENT_FACTOR
 
-A slice is one image's one channel of a feature map, one output channel of a weight, the whole of a vector. The norm is the
-promise; the other two are there because a norm hides one wrong element, and a maximum one wrong element in a dim channel.
-Rounding errors of a few numbers are coin flips, so a case is drawn several times (harness.py draws small shapes more
-often); the draws count as one tensor with one dimension more, and plain PyTorch's error is the largest over equivalent
-orders of summation: the map as it is, mirrored, and with channels permuted.
+A slice is one image's one channel of a feature map, one output channel of a weight, the whole of a vector.
+The norm is the promise; the other two are there because a norm hides one wrong element, and a maximum one
+wrong element in a dim channel. Rounding errors of a few numbers are coin flips, so a case is drawn several
+times (harness.py draws small shapes more often); the draws count as one tensor with one dimension more, and
+plain PyTorch's error is the largest over equivalent orders of summation: the map as it is, mirrored, and with
+channels permuted.
 """
 
 import math
@@ -24,30 +25,32 @@ from collections import defaultdict
 
 import torch
 
-# The promise is "never above 2x". Measured on the kernels (the table the suite prints at its end): medians of 0.2 to 1.0
-# per result and dtype, largest 1.6.
+# The promise is "never above 2x". Measured on the kernels (the table the suite prints at its end): medians of
+# 0.2 to 1.0 per result and dtype, largest 1.6.
 NORM_FACTOR = 2.0
 
-# The largest of a few errors is luck: plain PyTorch in one order of summation against itself in the two others exceeds 2x
-# in 1% of the suite's comparisons and reaches 8x in 0.1%; ours reaches 2.8x. A wrong element is off by 1e3 times and more.
+# The largest of a few errors is luck: plain PyTorch in one order of summation against itself in the two
+# others exceeds 2x in 1% of the suite's comparisons and reaches 8x in 0.1%; ours reaches 2.8x. A wrong
+# element is off by 1e3 times and more.
 ELEMENT_FACTOR = 4.0
 
 MEASURES = {"norm": NORM_FACTOR, "tensor": ELEMENT_FACTOR, "local": ELEMENT_FACTOR}
 
-# Plain PyTorch's error can be exactly zero on a few elements, so there is a floor. One ulp of the result's dtype at the
-# scale of the slice = two roundings to nearest: one is the store, which no implementation can avoid, the other is the
-# last arithmetic operation before it. Accumulation, exp and division have to fit in the factor.
+# Plain PyTorch's error can be exactly zero on a few elements, so there is a floor. One ulp of the result's
+# dtype at the scale of the slice = two roundings to nearest: one is the store, which no implementation can
+# avoid, the other is the last arithmetic operation before it. Accumulation, exp and division have to fit in
+# the factor.
 FLOOR_ULPS = 1.0
 
-# Gradients that batch normalisation cancels although they are not computed as zero: conv1.weight's where there is one
-# channel (scaling z changes nothing) or one 1 x 1 image (both strips are equal). What is left is eps / var of the terms, or
-# rounding of them divided by sqrt(eps) = 1/316; a few numbers' luck decides, so they are only held to be as small as this,
-# relative to the gradient of x.
+# Gradients that batch normalisation cancels although they are not computed as zero: conv1.weight's where
+# there is one channel (scaling z changes nothing) or one 1 x 1 image (both strips are equal). What is left is
+# eps / var of the terms, or rounding of them divided by sqrt(eps) = 1/316; a few numbers' luck decides, so
+# they are only held to be as small as this, relative to the gradient of x.
 VANISHES = 2.0**-8
 
-# Two correct float64 programs compared with each other: this one looks for a wrong formula, not for rounding. The worst
-# case is the gradient of conv1.weight with one channel, which batch normalisation cancels down to its eps (2e-10 of what
-# is left); everywhere else it is below 1e-12. A missing term shows at 1e-3 or more.
+# Two correct float64 programs compared with each other: this one looks for a wrong formula, not for rounding.
+# The worst case is the gradient of conv1.weight with one channel, which batch normalisation cancels down to
+# its eps (2e-10 of what is left); everywhere else it is below 1e-12. A missing term shows at 1e-3 or more.
 FORMULAS_AGREE = 1e-9
 
 # Ratio of the norms per (dtype of x, name of the result): filled by check(), printed by conftest.py.
@@ -65,7 +68,7 @@ def _slice_mean(truth):
 
 
 def _relative(values, truths):
-    """The error of every element in the three measures, each [draws, ...]; inf where a value is not finite."""
+    """Every element's error in the three measures, each [draws, ...]; inf where a value is not finite."""
     for value, truth in zip(values, truths):
         assert value.shape == truth.shape, f"shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
     value, truth = (torch.stack([t.detach().double() for t in ts]) for ts in (values, truths))
@@ -93,7 +96,8 @@ def errors(value, truth):
 class Yardstick:
     """The truth of each draw, and plain PyTorch's largest error over all draws and orders of summation.
 
-    truths: one dict (result name to tensor) per draw. plain: per order of summation one such list, in the dtype tested.
+    truths: one dict (result name to tensor) per draw. plain: per order of summation one such list, in the
+    dtype tested.
     """
 
     def __init__(self, truths, plain):
@@ -107,10 +111,11 @@ class Yardstick:
 
 
 def check(results, yardstick, *, key, exactly_zero=(), vanishing=()):
-    """Compares results (one dict per draw) with the yardstick. Raises AssertionError that lists every failure.
+    """Compares results (one dict per draw) with the yardstick. Raises AssertionError that lists every
+    failure.
 
-    exactly_zero names results whose truth is zero by algebra: they must be zero in every bit, plain is not consulted.
-    vanishing names those of VANISHES.
+    exactly_zero names results whose truth is zero by algebra: they must be zero in every bit, plain is not
+    consulted. vanishing names those of VANISHES.
     """
     failures = []
     for name, dtype in yardstick.dtypes.items():
@@ -138,9 +143,9 @@ def check(results, yardstick, *, key, exactly_zero=(), vanishing=()):
                 relative = _relative(values, truths)[index]
                 where = tuple(int(i) for i in torch.unravel_index(relative.argmax(), relative.shape))
                 failures.append(
-                    f"{name} [{measure}]: error {ours:.3g} = {ours / eps:.1f} ulp, allowed {bound:.3g} (plain PyTorch "
-                    f"{theirs:.3g}); worst in draw {where[0]}, element {list(where[1:])}: "
-                    f"got {values[where[0]][where[1:]].item()!r}, truth {truths[where[0]][where[1:]].item()!r}"
+                    f"{name} [{measure}]: error {ours:.3g} = {ours / eps:.1f} ulp, allowed {bound:.3g} "
+                    f"(plain PyTorch {theirs:.3g}); worst in draw {where[0]}, element {list(where[1:])}: got "
+                    f"{values[where[0]][where[1:]].item()!r}, truth {truths[where[0]][where[1:]].item()!r}"
                 )
         if math.isfinite(all_ours[0]):
             observed[key, name].append((all_ours[0] + eps / 2) / (yardstick.errors[name][0] + eps / 2))
