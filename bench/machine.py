@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -60,6 +61,21 @@ def libc() -> str:
     return platform.libc_ver()[0] or "unknown"
 
 
+def busy_cores(seconds: float = 1.0) -> float:
+    """Cores that others keep busy: sampled while this process sleeps. Zero where the kernel does not say."""
+
+    def idle_and_total() -> tuple[int, int]:
+        ticks = [int(field) for field in read("/proc/stat").partition("\n")[0].split()[1:9]]
+        return sum(ticks[3:5]), sum(ticks)
+
+    if not read("/proc/stat"):
+        return 0.0
+    before = idle_and_total()
+    time.sleep(seconds)
+    idle, total = (after - start for after, start in zip(idle_and_total(), before, strict=True))
+    return round((1 - idle / max(total, 1)) * os.cpu_count(), 2)
+
+
 def compiler() -> str:
     found = shutil.which("g++") or shutil.which("c++")
     if not found:
@@ -84,7 +100,7 @@ def describe(device: str) -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "caches": caches(),
         "simd": torch.backends.cpu.get_cpu_capability(),
-        "load": round(os.getloadavg()[0], 2),
+        "busy_cores": busy_cores(),
         "memory_gib": round(int(memory.group(1)) / 2**20, 1) if memory else None,
         "huge_pages": thp.group(1) if thp else "unknown",
         "virtual": "hypervisor" in read("/proc/cpuinfo"),
@@ -93,6 +109,7 @@ def describe(device: str) -> dict:
         "python": platform.python_version(),
         "compiler": compiler(),
         "versions": {"coordatt_fast": coordatt_fast.__version__} | {name: version(name) for name in PACKAGES},
+        "settings": {name: value for name, value in os.environ.items() if name.startswith("COORDATT_FAST_")},
         "accelerator": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
     }
 
@@ -104,6 +121,7 @@ def line(facts: dict) -> str:
     versions = ", ".join(
         f"{name} {number}" for name, number in facts["versions"].items() if number != "not installed"
     )
+    versions += "".join(f", {name}={value}" for name, value in facts["settings"].items())
     accelerator = f"{facts['accelerator']}, " if facts["accelerator"] else ""
     return (
         f"{accelerator}{facts['cpu']}, {facts['cores']} cores, {facts['simd']} ({where}{sizes}), "
@@ -114,11 +132,11 @@ def line(facts: dict) -> str:
 
 def busy(facts: dict) -> str:
     """A warning when others were computing on this machine as the run began; empty when it was idle."""
-    if facts["load"] < 0.5:
+    if facts["busy_cores"] < 0.3:
         return ""
     return (
-        f"!!! THE MACHINE WAS BUSY as this began (load {facts['load']:.1f} on {facts['cores']} cores). "
-        "Times are not reliable."
+        f"!!! THE MACHINE WAS BUSY: {facts['busy_cores']:.1f} of {facts['cores']} cores in use as it began. "
+        "Do not trust the times."
     )
 
 

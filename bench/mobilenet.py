@@ -16,7 +16,7 @@ def conv_bn(
     inp: int, out: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True
 ) -> list[nn.Module]:
     conv = nn.Conv2d(inp, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [conv, nn.BatchNorm2d(out)] + ([nn.ReLU6()] if relu else [])
+    return [conv, nn.BatchNorm2d(out)] + ([nn.ReLU6(inplace=True)] if relu else [])
 
 
 class InvertedResidual(nn.Module):

@@ -39,7 +39,9 @@ def label(result: dict) -> str:
 def panel(axes, key: tuple, group: list[dict], names: list[str], base: str, slots: int) -> None:
     """One mode and batch: for every shape the contestants that took part, side by side."""
     width = 0.86 / len(names)
-    top = 1.3 * max(relative(result, name, base) or 1.0 for result in group for name in names)
+    tallest = max(relative(result, name, base) or 1.0 for result in group for name in names)
+    ends = [result["speedup"][base]["p90"] for result in group if base in result["speedup"]]
+    top = min(max([tallest, *ends]) * 1.15, 1.7 * tallest)  # a wild round must not flatten the bars
     for index, result in enumerate(group):
         present = [name for name in names if relative(result, name, base)]
         for position, name in enumerate(present):
@@ -48,12 +50,13 @@ def panel(axes, key: tuple, group: list[dict], names: list[str], base: str, slot
             axes.bar(place, value, width * 0.92, color=COLOURS[name], zorder=3)
             if name == OURS:
                 spread = result["speedup"][base]
-                ends = [[value - min(spread["p10"], value)], [max(spread["p90"], value) - value]]
-                axes.errorbar(place, value, ends, color="#0d4a34", linewidth=1, capsize=2, zorder=5)
+                high = max(spread["p90"], value)
+                reach = [[value - min(spread["p10"], value)], [high - value]]
+                axes.errorbar(place, value, reach, color="#0d4a34", linewidth=1, capsize=2, zorder=5)
                 text = f"{value:.1f}x" if value < 9.95 else f"{value:.0f}x"
                 axes.annotate(
                     text,
-                    (place, min(value + ends[1][0], 0.92 * top)),
+                    (place, min(high, 0.92 * top)),
                     (0, 3),
                     textcoords="offset points",
                     ha="center",

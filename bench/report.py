@@ -30,8 +30,10 @@ BLOCKS_LEGEND = """
 twice, out once; training: also g twice, x again, dx once) over the time. fits: the first cache that holds x
 and out together. error: our largest error against a float64 run over plain PyTorch's own. clones: our time
 over that of one x.clone(). pages: how malloc treats outputs above 16 MB; fresh: they are mapped anew on each
-call, as plain malloc does from 32 MB; kept: their pages are used again. Smaller outputs: plain malloc. out=:
-the time of our functional form writing into a buffer that is there already.
+call, as plain malloc does from 32 MB; kept: their pages are used again. Smaller outputs: plain malloc.
+coordatt_fast keeps the memory of its own outputs from 1 MB up (COORDATT_FAST_KEEP_MB), whatever malloc does;
+the rows with kept pages compare the arithmetic alone. out=: our functional form writing into an existing
+buffer.
 """
 PAGES_CELL = {"plain": "", "fresh": "fresh", "kept": "kept"}
 
