@@ -132,9 +132,8 @@ class Toolchain:
         levels: dict[str, list[str]] = {"baseline": []}
         if self.machine == "x86_64":
             avx512 = AVX512 if self.accepts(AVX512) else AVX512_BY_NAME
-            levels |= {
-                name: flags for name, flags in (("avx2", AVX2), ("avx512", avx512)) if self.accepts(flags)
-            }
+            wider = {"avx2": AVX2, "avx512": avx512, "avx512_bf16": [*avx512, "-mavx512bf16"]}
+            levels |= {name: flags for name, flags in wider.items() if self.accepts(flags)}
         return levels
 
 
@@ -206,6 +205,8 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
             compile_file(source, path.stem, [*base, "-Icsrc", *compiled])
             continue
         for level, extra in levels.items():
+            if level == "avx512_bf16" and path.stem == "mix":
+                continue  # it computes in float32 or float64
             parts = [*base, *KERNEL, *extra, "-Icsrc", f"-DCOORDATT_SIMD_{level.upper()}"]
             compile_file(source, f"{path.stem}_{level}", parts)
 

@@ -17,7 +17,7 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 import tolerances  # noqa: E402
 
-LEVELS = ("baseline", "avx2", "avx512", "neon")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
 
 
 def supported_levels():

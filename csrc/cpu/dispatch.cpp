@@ -32,12 +32,27 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
 }
 #endif
+#if defined(COORDATT_HAVE_AVX512_BF16)
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// AVX-512, but for the kernels of bfloat16 maps.
+void add_pool_bf16(Kernels& k) {
+  avx512::add_pool(k);
+  avx512_bf16::add_pool(k);
+}
+void add_gate_bf16(Kernels& k) {
+  avx512::add_gate(k);
+  avx512_bf16::add_gate(k);
+}
+#endif
 #if defined(COORDATT_HAVE_NEON)
 bool has_neon() { return true; }
 #endif
 
 // Widest first.
 const Level levels[] = {
+#if defined(COORDATT_HAVE_AVX512_BF16)
+    {"avx512_bf16", has_avx512_bf16, add_pool_bf16, avx512::add_mix, add_gate_bf16},
+#endif
 #if defined(COORDATT_HAVE_AVX512)
     {"avx512", has_avx512, avx512::add_pool, avx512::add_mix, avx512::add_gate},
 #endif
@@ -95,6 +110,9 @@ const Kernels& kernels() {
 
 const char* compiled_levels() {
   return ""
+#if defined(COORDATT_HAVE_AVX512_BF16)
+         "avx512_bf16,"
+#endif
 #if defined(COORDATT_HAVE_AVX512)
          "avx512,"
 #endif

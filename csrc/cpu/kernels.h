@@ -127,6 +127,7 @@ inline int64_t act_scratch_bytes(int64_t m) { return 5 * m * max_lanes * 8; }
 COORDATT_DECLARE_LEVEL(baseline)
 COORDATT_DECLARE_LEVEL(avx2)
 COORDATT_DECLARE_LEVEL(avx512)
+COORDATT_DECLARE_LEVEL(avx512_bf16)
 COORDATT_DECLARE_LEVEL(neon)
 
 // dispatch.cpp: the level in use; set_level("") is automatic and returns null, or says why a level cannot be had.

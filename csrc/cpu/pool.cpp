@@ -441,10 +441,12 @@ COORDATT_INLINE void add(MapKernels& k) {
 }  // namespace
 
 void add_pool(Kernels& k) {
+  add<BFloat16>(k.map[(int)DType::bf16]);
+#if !defined(COORDATT_SIMD_AVX512_BF16)  // which changes nothing else
   add<float>(k.map[(int)DType::f32]);
   add<double>(k.map[(int)DType::f64]);
-  add<BFloat16>(k.map[(int)DType::bf16]);
   add<Float16>(k.map[(int)DType::f16]);
+#endif
 }
 
 }  // namespace COORDATT_LEVEL

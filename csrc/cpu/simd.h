@@ -10,7 +10,12 @@
 
 #include "kernels.h"
 
-#if defined(COORDATT_SIMD_AVX512)
+#if defined(COORDATT_SIMD_AVX512_BF16)
+#define COORDATT_SIMD_AVX512
+#define COORDATT_LEVEL avx512_bf16
+#define COORDATT_VBYTES 64
+#include <immintrin.h>
+#elif defined(COORDATT_SIMD_AVX512)
 #define COORDATT_LEVEL avx512
 #define COORDATT_VBYTES 64
 #include <immintrin.h>
@@ -91,14 +96,39 @@ COORDATT_INLINE uint16_t float_to_half(float f) {
   return (uint16_t)(sign | (r >> 13));
 }
 
-COORDATT_INLINE vfloat widen(vhalf h, BFloat16*) { return (vfloat)(__builtin_convertvector(h, vuint) << 16); }
+// Intrinsics where there are some: gcc makes three to five instructions of __builtin_convertvector.
+COORDATT_INLINE vuint to_words(vhalf h) {
+#if defined(COORDATT_SIMD_AVX512)
+  return (vuint)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(COORDATT_SIMD_AVX2)
+  return (vuint)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vuint);
+#endif
+}
+
+COORDATT_INLINE vhalf to_halves(vuint u) {  // of values below 2^16
+#if defined(COORDATT_SIMD_AVX512)
+  return (vhalf)_mm512_cvtepi32_epi16((__m512i)u);
+#elif defined(COORDATT_SIMD_AVX2)
+  return (vhalf)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)u), _mm256_extracti128_si256((__m256i)u, 1));
+#else
+  return __builtin_convertvector(u, vhalf);
+#endif
+}
+
+COORDATT_INLINE vfloat widen(vhalf h, BFloat16*) { return (vfloat)(to_words(h) << 16); }
 
 COORDATT_INLINE vhalf narrow(vfloat v, BFloat16*) {  // round to nearest even, NaN stays NaN
+#if defined(COORDATT_SIMD_AVX512_BF16)
+  return (vhalf)_mm512_cvtneps_pbh((__m512)v);  // takes subnormals, below 1.2e-38, for zero
+#else
   vuint u = (vuint)v;
   vuint r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  vint nan = v != v;
-  r = (r & ~(vuint)nan) | (0x7fc0u & (vuint)nan);
-  return __builtin_convertvector(r, vhalf);
+  vuint nan = 0x7fc0u - (vuint){};
+  r = v != v ? nan : r;
+  return to_halves(r);
+#endif
 }
 
 COORDATT_INLINE vfloat widen(vhalf h, Float16*) {
