@@ -71,7 +71,7 @@ COORDATT_OUTLINE void gate_run(const PlaneArgs& a) {
   float* tables = (float*)a.scratch;
   for (int64_t c = a.c0; c < a.c1; c += FlatRun::planes) {
     int64_t count = min_of<int64_t>(FlatRun::planes, a.c1 - c), elements = count * size;
-    run_tables(a.gates, c, count, a.h, a.w, tables);
+    run_tables(a.gates, c, count, a.h, a.w, splat(1.0f), tables);
     const X* x = (const X*)a.x + c * size;
     X* out = (X*)a.out + c * size;
     auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
@@ -202,10 +202,63 @@ COORDATT_INLINE void reduce_plane(const X* grad, const X* x, int64_t height, int
   }
 }
 
+#if defined(COORDATT_SIMD_AVX512)
+// Planes at most 16 wide, two rows to a vector, as the pool's.
+template <bool WIDE, class X>
+COORDATT_OUTLINE void reduce_narrow(const PlaneArgs& a) {
+  const RowPairs<WIDE> pairs(a.h, a.w);
+  const int64_t hp = padded(a.h);
+  const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+  float* gate_h = (float*)a.scratch;
+  float* gate_w = gate_h + 16 * hp;
+  float* columns = gate_w + 16 * 16;
+  float* parts = columns + 16 * 16;
+  for (int64_t c = a.c0; c < a.c1; c += 16) {
+    int64_t count = min_of<int64_t>(16, a.c1 - c);
+    const float* gates_h = (const float*)a.gates.h + c;
+    const float* gates_w = (const float*)a.gates.w + c;
+    rows_to_tile<float>(gates_h, a.gates.ld, a.h, count, 1.0f, gate_h, hp);
+    rows_to_tile<float>(gates_w, a.gates.ld, a.w, count, 1.0f, gate_w, 16);
+    for (int64_t i = 0; i < count; ++i) {
+      const X* x = (const X*)a.x + (c + i) * a.x_step;
+      const X* grad = (const X*)a.grad + (c + i) * a.grad_step;
+      const __m512 aw = _mm512_broadcast_f32x8(_mm256_loadu_ps(gate_w + i * 16));
+      const __m512 aw_high = _mm512_broadcast_f32x8(_mm256_loadu_ps(gate_w + i * 16 + 8));
+      __m512 low = _mm512_setzero_ps(), high = low;
+      for (int64_t p = 0; p < pairs.count; ++p, x += 2 * a.w, grad += 2 * a.w) {
+        prefetch(x + prefetch_bytes / sizeof(X));
+        prefetch(grad + prefetch_bytes / sizeof(X));
+        const __m128i two = _mm_loadl_epi64((const __m128i*)(gate_h + i * hp + 2 * p));
+        const __m512 ah = _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(_mm_castsi128_ps(two)));
+        __m512 t = _mm512_mul_ps(pairs.low(grad, p), pairs.low(x, p)), v = _mm512_mul_ps(t, aw);
+        low = _mm512_fmadd_ps(t, ah, low);
+        if (WIDE) {
+          t = _mm512_mul_ps(pairs.high(grad, p), pairs.high(x, p));
+          high = _mm512_fmadd_ps(t, ah, high);
+          v = _mm512_fmadd_ps(t, aw_high, v);
+        }
+        _mm512_storeu_ps(parts + (p * 16 + i) * 16, v);
+      }
+      pairs.store_columns(columns + i * 16, low, high);
+    }
+    const Tail<float> present(count);
+    pairs.each_row(parts, [&](int64_t h, __m512 sums) __attribute__((always_inline)) {
+      vfloat slope = sigmoid_slope(load(gates_h + h * a.gates.ld, present));
+      store((float*)a.dlogits.h + h * a.dlogits.ld + c, (vfloat)sums * slope, present);
+    });
+    tile_to_rows<float>(columns, 16, a.w, count, 1.0f, gates_w, (float*)a.dlogits.w + c, a.dlogits.ld);
+  }
+}
+#endif
+
 template <class X>
 void reduce_nchw(const PlaneArgs& a) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
+#if defined(COORDATT_SIMD_AVX512)
+  if constexpr (sizeof(A) == 4)
+    if (RowPairs<true>::fits(a.h, a.w)) return a.w > 8 ? reduce_narrow<true, X>(a) : reduce_narrow<false, X>(a);
+#endif
   const int64_t hp = padded(a.h), wp = padded(a.w);
   const bool together = a.h <= short_plane;
   A* gate_h = (A*)a.scratch;

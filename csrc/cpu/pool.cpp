@@ -1,6 +1,4 @@
 // Pool: x -> row and column means. Backward (spread): dx = grad * a_h * a_w + dp_h / W + dp_w / H.
-#include <type_traits>
-
 #include "flat.h"
 
 namespace coordatt {
@@ -55,64 +53,38 @@ COORDATT_INLINE void pool_plane(const X* x, int64_t height, int64_t width, Acc<X
 }
 
 #if defined(COORDATT_SIMD_AVX512)
-// Rows h and h + 1 (or h alone) of a plane at most 16 wide, a half vector each: elements 0 to 7, and from 8 on.
-struct RowPair {
-  int64_t width;
-  __mmask8 low, high;
-  __mmask16 both, one;
-  explicit RowPair(int64_t w)
-      : width(w), low((__mmask8)((1u << (w < 8 ? w : 8)) - 1u)), high((__mmask8)(w > 8 ? (1u << (w - 8)) - 1u : 0u)),
-        both((__mmask16)(low * 0x101u)), one(low) {}
-  inline __attribute__((always_inline)) __m512 load(const float* x, int64_t from, __mmask8 lanes, bool pair) const {
-    __m512 v = _mm512_zextps256_ps512(_mm256_maskz_loadu_ps(lanes, x + from));
-    return pair ? _mm512_insertf32x8(v, _mm256_maskz_loadu_ps(lanes, x + width + from), 1) : v;
-  }
-};
-
 // Planes at most 16 wide, two rows to a vector: half the shuffles of one row to a vector (960 x 7 x 7: 9.4 us, row by row
 // 12.9 us; 384 x 14 x 14: 8.3 and 10.9 us).
-template <bool WIDE>
+template <bool WIDE, class X>
 COORDATT_OUTLINE void pool_narrow(const PlaneArgs& a) {
-  const RowPair rows_of(a.w);
-  const int64_t pairs = (a.h + 1) / 2, wp = padded(a.w);
+  const RowPairs<WIDE> pairs(a.h, a.w);
   const __m512 by_w = _mm512_set1_ps(1.0f / (float)a.w);
   float* columns = (float*)a.scratch;
-  float* parts = columns + 16 * wp;
+  float* parts = columns + 16 * 16;
   for (int64_t c = a.c0; c < a.c1; c += 16) {
     int64_t count = min_of<int64_t>(16, a.c1 - c);
     for (int64_t i = 0; i < count; ++i) {
-      const float* x = (const float*)a.x + (c + i) * a.x_step;
+      const X* x = (const X*)a.x + (c + i) * a.x_step;
       __m512 low = _mm512_setzero_ps(), high = low;
-      for (int64_t p = 0; p < pairs; ++p, x += 2 * a.w) {
-        const bool pair = 2 * p + 1 < a.h;
-        prefetch(x + prefetch_bytes / 4);
-        __m512 v = WIDE ? rows_of.load(x, 0, 0xff, pair) : _mm512_maskz_expandloadu_ps(pair ? rows_of.both : rows_of.one, x);
+      for (int64_t p = 0; p < pairs.count; ++p, x += 2 * a.w) {
+        prefetch(x + prefetch_bytes / sizeof(X));
+        __m512 v = pairs.low(x, p);
         low = _mm512_add_ps(low, v);
         if (WIDE) {
-          __m512 rest = rows_of.load(x, 8, rows_of.high, pair);
+          __m512 rest = pairs.high(x, p);
           high = _mm512_add_ps(high, rest);
           v = _mm512_add_ps(v, rest);
         }
         _mm512_storeu_ps(parts + (p * 16 + i) * 16, v);
       }
-      auto halves = [](__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
-      _mm256_storeu_ps(columns + i * wp, halves(low));
-      if (WIDE) _mm256_storeu_ps(columns + i * wp + 8, halves(high));
+      pairs.store_columns(columns + i * 16, low, high);
     }
     float* rows = (float*)a.pooled.h + c;
     const __mmask16 present = (__mmask16)((1u << count) - 1u);
-    for (int64_t p = 0; p < pairs; ++p) {  // as sum_each, but the two halves of a vector stay apart
-      __m512 t[4];
-      const float* from = parts + p * 256;
-      for (int i = 0; i < 4; ++i, from += 64) t[i] = sum_quarters(from);
-      __m512 u = _mm512_add_ps(_mm512_shuffle_f32x4(t[0], t[1], 0x88), _mm512_shuffle_f32x4(t[0], t[1], 0xdd));
-      __m512 v = _mm512_add_ps(_mm512_shuffle_f32x4(t[2], t[3], 0x88), _mm512_shuffle_f32x4(t[2], t[3], 0xdd));
-      _mm512_mask_storeu_ps(rows + 2 * p * a.pooled.ld, present, _mm512_mul_ps(_mm512_shuffle_f32x4(u, v, 0x88), by_w));
-      if (2 * p + 1 < a.h)
-        _mm512_mask_storeu_ps(rows + (2 * p + 1) * a.pooled.ld, present,
-                              _mm512_mul_ps(_mm512_shuffle_f32x4(u, v, 0xdd), by_w));
-    }
-    tile_to_rows<float>(columns, wp, a.w, count, 1.0f / (float)a.h, nullptr, (float*)a.pooled.w + c, a.pooled.ld);
+    pairs.each_row(parts, [&](int64_t h, __m512 sums) __attribute__((always_inline)) {
+      _mm512_mask_storeu_ps(rows + h * a.pooled.ld, present, _mm512_mul_ps(sums, by_w));
+    });
+    tile_to_rows<float>(columns, 16, a.w, count, 1.0f / (float)a.h, nullptr, (float*)a.pooled.w + c, a.pooled.ld);
   }
 }
 #endif
@@ -122,8 +94,8 @@ void pool_nchw(const PlaneArgs& a) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
 #if defined(COORDATT_SIMD_AVX512)
-  if (std::is_same<X, float>::value && a.w <= 16 && a.h <= short_plane)
-    return a.w > 8 ? pool_narrow<true>(a) : pool_narrow<false>(a);
+  if constexpr (sizeof(A) == 4)
+    if (RowPairs<true>::fits(a.h, a.w)) return a.w > 8 ? pool_narrow<true, X>(a) : pool_narrow<false, X>(a);
 #endif
   const int64_t hp = padded(a.h), wp = padded(a.w);
   const bool together = a.h <= short_plane;
@@ -338,10 +310,49 @@ COORDATT_OUTLINE void spread_flat(const PlaneArgs& a, int64_t c, int64_t count, 
 #endif
 }
 
+#if defined(COORDATT_SIMD_AVX512)
+// Whole runs of small planes, as the gate's.
+template <class X>
+COORDATT_OUTLINE void spread_run(const PlaneArgs& a) {
+  FlatRun& run = flat_run;
+  run.set(a.h, a.w);
+  const int64_t size = a.h * a.w;
+  const float by_w = 1.0f / (float)a.w, by_h = 1.0f / (float)a.h;
+  vfloat scale;
+  for (int l = 0; l < 16; ++l) scale[l] = l < a.h ? by_w : by_h;
+  float* gates = (float*)a.scratch;
+  float* pooled = gates + (FlatRun::planes + 1) * 16;
+  for (int64_t c = a.c0; c < a.c1; c += FlatRun::planes) {
+    int64_t count = min_of<int64_t>(FlatRun::planes, a.c1 - c), elements = count * size;
+    run_tables(a.gates, c, count, a.h, a.w, splat(1.0f), gates);
+    run_tables(a.pooled, c, count, a.h, a.w, scale, pooled);
+    const X* grad = (const X*)a.grad + c * size;
+    X* dx = (X*)a.out + c * size;
+    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
+      int32_t first = run.first[e / 16];
+      vint row = load(run.row + e), column = load(run.column + e);
+      prefetch(grad + e + prefetch_bytes / sizeof(X));
+      vfloat g = load(grad + e, cut...);
+      vfloat v = look_up(pooled, first, column) + look_up(pooled, first, row);
+      v = fma(g * look_up(gates, first, column), look_up(gates, first, row), v);
+      if (a.skip) v += g;
+      store(dx + e, v, cut...);
+    };
+    int64_t e = 0;
+    for (; e + 16 <= elements; e += 16) part(e);
+    if (e < elements) part(e, Tail<float>(elements - e));
+  }
+}
+#endif
+
 template <bool GRAD, class X>
 COORDATT_INLINE void spread_nchw_as(const PlaneArgs& a) {
   using A = Acc<X>;
   constexpr int n = lanes<A>;
+#if defined(COORDATT_SIMD_AVX512)
+  if constexpr (sizeof(A) == 4 && GRAD)
+    if (FlatRun::fits(a.h, a.w) && a.grad_step == a.h * a.w && a.out_step == a.grad_step) return spread_run<X>(a);
+#endif
   int64_t hp = padded(a.h), wp = padded(a.w);
   A* gate_h = (A*)a.scratch;
   A* gate_w = gate_h + n * hp;

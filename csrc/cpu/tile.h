@@ -36,9 +36,9 @@ COORDATT_OUTLINE void tile_to_rows(const A* tile, int64_t ldt, int64_t len, int6
   }
 }
 
-// tile[i * ldt + l] = from[l][i] * scale for i < count (zero beyond) and l < lanes.
-template <class A>
-COORDATT_INLINE void pointers_to_tile(const A** from, int64_t count, A scale, A* tile, int64_t ldt) {
+// tile[i * ldt + l] = from[l][i] * scale (or scale[l]) for i < count (zero beyond) and l < lanes.
+template <class A, class S>
+COORDATT_INLINE void pointers_to_tile(const A** from, int64_t count, S scale, A* tile, int64_t ldt) {
   constexpr int n = lanes<A>;
   A edge[n * n];
   if (count < n) {
