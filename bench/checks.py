@@ -55,10 +55,11 @@ def results(function, module: nn.Module, x: Tensor, g: Tensor | None) -> dict[st
     return found
 
 
-def truth(plain: nn.Module, x: Tensor, g: Tensor | None) -> dict[str, Tensor]:
-    """The results of ``plain`` in float64 on the CPU, from the same (rounded) weights and inputs."""
-    exact = copy.deepcopy(plain).to("cpu", torch.float64)
-    return results(exact, exact, x.cpu().double(), None if g is None else g.cpu().double())
+def truth(plain: nn.Module, x: Tensor, g: Tensor | None, device: str = "cpu") -> dict[str, Tensor]:
+    """The results of ``plain`` in float64 on the device, from the same (rounded) weights and inputs."""
+    exact = copy.deepcopy(plain).to(device, torch.float64)
+    x, g = (t if t is None else t.to(device, torch.float64) for t in (x, g))
+    return results(exact, exact, x, g)
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
@@ -70,7 +71,7 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
             # Exactly zero under batch statistics: what is left is rounding noise of the size of its
             # neighbours.
             scale = max(scale, exact["gradient of conv1.weight"].abs().max().item())
-        difference = (found[name].detach().cpu().double() - right).abs().max().item()
+        difference = (found[name].detach().to(right) - right).abs().max().item()
         measured[name] = difference / (scale or 1.0)
     return measured
 

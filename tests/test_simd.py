@@ -51,7 +51,7 @@ def test_every_level_of_this_processor_is_offered(cpu):
     assert levels[0] == "baseline"
     with open("/proc/cpuinfo") as info:
         flags = info.read()
-    for level, flag in (("avx2", "avx2"), ("avx512", "avx512vl")):
+    for level, flag in (("avx2", "avx2"), ("avx512", "avx512vl"), ("avx512_bf16", "avx512_bf16")):
         assert (level in levels) == (f" {flag} " in flags), f"{level}: levels {levels}"
 
 

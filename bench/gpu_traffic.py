@@ -1,0 +1,102 @@
+"""DRAM bytes of our kernels as the hardware counts them (ncu), in units of one full-size tensor.
+
+python -m bench.gpu_traffic --shape 64,96,112,112        one call of every phase, to run under a profiler
+traffic(shape, dtype, layout)                            runs that under ncu and reads its table
+"""
+
+import argparse
+import csv
+import io
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from bench.cases import DTYPES, LAYOUTS, Case
+from bench.lab import ROOT
+from bench.rivals import ours
+
+METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
+UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3}
+UNITS |= {"nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3}
+
+
+def once(case: Case) -> None:
+    """Inference, then a training step, after a first round of each that compiles."""
+    x, g = case.tensor(1), case.tensor(2)
+    module = ours(case.plain(), case)
+    for profiled in (False, True):
+        if profiled:
+            torch.cuda.synchronize()
+            torch.cuda.profiler.start()
+        module.eval()
+        with torch.inference_mode():
+            module(x)
+        module.train()
+        leaf = x.detach().requires_grad_()
+        torch.autograd.grad(module(leaf), [leaf, *module.parameters()], g)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def rows(text: str) -> list[dict]:
+    """One dict a kernel launch from ncu's CSV: kernel, and per metric bytes or seconds."""
+    start = text.find('"ID"')
+    launches: dict[str, dict] = {}
+    for row in csv.DictReader(io.StringIO(text[start:] if start >= 0 else "")):
+        if row["Metric Name"] in METRICS:
+            launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"].split("(")[0]})
+            launch[row["Metric Name"]] = (
+                float(row["Metric Value"].replace(",", "")) * UNITS[row["Metric Unit"]]
+            )
+    return list(launches.values())
+
+
+def traffic(shape: tuple, dtype: str, layout: str) -> dict:
+    """Every launch of inference and a training step with its DRAM bytes; a reason where ncu cannot."""
+    found = {"shape": list(shape), "dtype": dtype, "layout": layout, "launches": [], "reason": ""}
+    if not (profiler := shutil.which("ncu")):
+        return found | {"reason": "ncu was not found"}
+    command = [
+        profiler, "--csv", "--clock-control", "none", "--profile-from-start", "off",
+        "--metrics", ",".join(METRICS), sys.executable, "-m", "bench.gpu_traffic",
+        "--shape", ",".join(map(str, shape)), "--dtype", dtype, "--layout", layout,
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return found | {"reason": "ncu took longer than two minutes"}
+    found["launches"] = rows(done.stdout)
+    if not found["launches"]:
+        found["reason"] = (done.stdout + done.stderr).strip()[-300:] or f"ncu ended with {done.returncode}"
+    return found
+
+
+def table(found: dict) -> str:
+    """Each launch: its DRAM reads and writes in units of one full-size tensor."""
+    size = Case(tuple(found["shape"]), dtype=found["dtype"]).output_bytes
+    name = "x".join(map(str, found["shape"]))
+    title = f"{name} {found['dtype']} {found['layout']}: DRAM bytes by ncu, x = {size / 1e6:.0f} MB"
+    if found["reason"]:
+        return f"{title}: not measured, {found['reason']}"
+    lines = [
+        f"  {launch['kernel']:40.40} read {launch[METRICS[0]] / size:5.2f} x  "
+        f"written {launch[METRICS[1]] / size:5.2f} x  {launch[METRICS[2]] * 1e6:8.1f} us"
+        for launch in found["launches"]
+    ]
+    return "\n".join([title, *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_traffic", description=__doc__)
+    parser.add_argument("--shape", required=True, help="N,C,H,W")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--layout", choices=LAYOUTS, default="nchw")
+    options = parser.parse_args()
+    shape = tuple(int(size) for size in options.shape.split(","))
+    once(Case(shape, dtype=options.dtype, layout=options.layout, device="cuda"))
+
+
+if __name__ == "__main__":
+    main()
