@@ -20,6 +20,16 @@ import tolerances  # noqa: E402
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
 
 
+# Suites with a process or a machine of their own: collected only where the command names their folder.
+SEPARATE = ("aot", "gpu", "interpreted")
+
+
+def pytest_ignore_collect(collection_path, config):
+    name = collection_path.name
+    if name in SEPARATE and not any(f"tests/{name}" in str(arg) for arg in config.invocation_params.args):
+        return True
+
+
 def supported_levels():
     """SIMD levels the compiled library runs on this machine; empty where it is not there."""
     from coordatt_fast import backends

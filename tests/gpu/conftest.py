@@ -1,0 +1,28 @@
+"""Tests that need a GPU: run them with `pytest tests/gpu`. A plain pytest run skips this folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # harness, shapes, paper, tolerances
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+
+
+@pytest.fixture(params=["triton"])
+def backend(request):
+    """Each backend for CUDA tensors that can run here, by explicit choice: it raises instead of falling back."""
+    from coordatt_fast import backends, use_backend
+
+    entry = backends()[request.param]
+    if not entry.available:
+        pytest.skip(f"backend {request.param}: {entry.reason}")
+    with use_backend(request.param):
+        yield request.param
+    torch.cuda.empty_cache()
