@@ -1,6 +1,8 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
 # make bench-micro   pytest-benchmark suites, one per pass
+# make aot           the Triton kernels compiled for GPUs that are not here
+# make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
 # make lint, make clean
 # Needs Python 3.10 or newer (PYTHON=python3.12 for another one), a C++ compiler and make.
 
@@ -10,7 +12,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 REQUIREMENTS := $(wildcard requirements/*.txt)
 
-.PHONY: venv test bench bench-micro lint clean
+.PHONY: venv test bench bench-micro aot gpu lint clean
 
 venv: .venv/built
 
@@ -31,6 +33,12 @@ bench: venv
 
 bench-micro: venv
 	$(BIN)/pytest bench/micro $(ARGS)
+
+aot: venv
+	$(BIN)/pytest -q tests/aot $(ARGS)
+
+gpu: venv
+	$(BIN)/python -m bench.gpu --tests $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check
