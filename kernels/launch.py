@@ -16,7 +16,6 @@ from . import pool as pool_pass
 
 NONE, GIVEN, BATCH = 0, 1, 2
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.float32, torch.float16: tl.float32}
-_NAMES = {1: "conv1_weight", 2: "conv1_bias"}
 
 
 def _run(kernel, programs: int, arguments: tuple, constants: dict, warps: int = tables.WARPS) -> None:
@@ -121,7 +120,7 @@ def _constants(c, h, w, m, dtype, nhwc, x_steps, o_steps, wide, bc=0):
         "logits": shape | x | o | small | walk | common | dict(LB=s.LB),
         "reduce": shape | x | g | small | reduce_tile | product | common | dict(M=m, BC=s.BC),
         "logits_backward": shape | x | g | reduce_tile | walk | common | dict(LB=s.LB, GC=1, GL=c),
-        "spread": shape | g | dx | small | product | walk | common | dict(M=m, NBP=s.NBP, FB=256),
+        "spread": shape | g | small | product | walk | common | dict(M=m, NBP=s.NBP, FB=256),
         "means_backward": shape | dx | walk | common,
         "rows": row,
         "weights": shape | small | dict(M=m, BC=s.WC, KB=s.KB, MP=s.MP, NBP=s.NBP, ACC=_ACC[dtype]),
@@ -257,3 +256,175 @@ def update_running_stats(running_mean, running_var, num_batches_tracked, squeeze
     arguments = (running_mean, running_var, num_batches_tracked, mean, var, rows, float(momentum or 0), *steps)
     with _on(mean):
         _run(mix.update_kernel, 1, arguments, constants)
+
+
+# Backward --------------------------------------------------------------------------------------------
+
+
+def attend_backward(
+    grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww, norm, activation, skip, needs
+):
+    n, c, h, w = x.shape
+    _check_map(grad, x, "grad")
+    m, rows, acc = w1.shape[0], n * (h + w), accumulate_dtype(x.dtype)
+    for name, t, count in (
+        ("pooled", pooled, rows * c), ("squeezed", squeezed, rows * m), ("gates", gates, rows * c),
+        ("mean", mean, m), ("var", var, m),
+    ):  # fmt: skip
+        if t.dtype != acc or t.numel() != count or t.device != x.device or not t.is_contiguous():
+            raise RuntimeError(f"coordatt_fast: {name} is not what the forward pass saved")
+    nhwc = _is_nhwc(x)
+    bn = w1 if gamma is None else gamma
+    first, last = (m, c, 1, 1), (c, m, 1, 1)
+    like = ((w1, first), (w1, m), (bn, m), (bn, m), (wh, last), (wh, c), (ww, last), (ww, c))
+    dx = _empty_map(x, nhwc) if needs & 1 else x.new_empty(0)
+    found = [
+        t.new_empty(size) if needs >> bit & 1 else t.new_empty(0) for bit, (t, size) in enumerate(like, start=1)
+    ]
+    if x.numel() == 0:
+        return dx, *(t.zero_() for t in found)
+    w1, _, gamma, beta, _, _, wh, _, ww, _ = _parameters(
+        x, m, w1, None, gamma, beta, None, None, wh, None, ww, None
+    )
+    xn, g = _native(x, nhwc), _native(grad, nhwc)
+    wide = _is_wide(xn, g)
+    k = _constants(c, h, w, m, x.dtype, nhwc, _steps(xn, nhwc), _steps(g, nhwc), wide)
+    s, blocks = k["sizes"], k["blocks"]
+    planes = n * blocks
+    tiles, row_blocks = tables.row_blocks(rows, s.RB, s.NBP)
+    ds, partial, du, sums = (
+        x.new_empty(size, dtype=acc) for size in (rows * c, rows * blocks * m, rows * m, row_blocks * 2 * m)
+    )
+    dw1, db1, dgamma, dbeta, dwh, dbh, dww, dbw = (t if t.numel() else None for t in found)
+    statistics = (mean, var, gamma)
+    with _on(x):
+        arguments = (g, xn, gates, ds, wh, ww, partial, g.stride(0), xn.stride(0))
+        _run(gate_pass.reduce_kernel, planes, arguments, k["reduce"])
+
+        arguments = (partial, squeezed, du, sums, *statistics, beta, eps, rows)
+        constants = k["rows"] | dict(TILES=tiles, NORM=norm, ACT=activation)
+        _run(mix_backward.mix_backward_kernel, row_blocks, arguments, constants)
+
+        parts, splits, most = None, (0, 0, 0), 0
+        if needs >> 1:
+            kb_tiles = tables.weight_tiles(rows, s.KB)
+            per = kb_tiles * s.KB
+            wanted = (needs >> 5 & 3, needs >> 7 & 3, needs >> 1 & 1)
+            splits = tuple(
+                math.ceil(count / per) if want else 0 for count, want in zip((n * h, n * w, rows), wanted)
+            )
+            if max(splits) > 1:
+                most = tables.power(max(splits))
+                parts = x.new_empty(sum(splits) * c * (m + 1), dtype=acc)
+            arguments = (ds, pooled, du, squeezed, sums, *statistics, beta, eps)
+            arguments += (parts, dwh, dbh, dww, dbw, dw1, db1, dgamma, dbeta)
+            arguments += (n, rows, row_blocks, *splits)
+            constants = k["weights"] | dict(TILES=kb_tiles, SPLIT=most > 0, NORM=norm, ACT=activation)
+            programs = max(1, sum(splits)) * math.ceil(c / s.WC)
+            _run(mix_backward.weights_kernel, programs, arguments, constants)
+
+        if needs & 1 or most:
+            # ds has been used up: its memory takes dp.
+            constants = k["spread"] | _steps_of_dx(dx, nhwc, needs) | dict(SPLITS=most, NORM=norm, SKIP=skip)
+            planes = planes if needs & 1 else 0
+            sums_of_parts = 3 * math.ceil(c * (m + 1) / constants["FB"]) if most else 0
+            arguments = (g, dx if needs & 1 else None, gates, ds, du, squeezed, sums, *statistics, w1, eps)
+            arguments += (parts, dwh, dbh, dww, dbw, dw1, g.stride(0), dx.stride(0), rows, row_blocks)
+            arguments += (planes, *splits)
+            _run(pool_pass.spread_kernel, planes + sums_of_parts, arguments, constants)
+    return dx, *found
+
+
+def _steps_of_dx(dx, nhwc, needs):
+    steps = _steps(dx, nhwc) if needs & 1 else (1, 1)
+    return dict(DXC=steps[0], DXW=steps[1])
+
+
+# Pool and gate, for the hybrid tier ------------------------------------------------------------------
+
+
+def pool(x):
+    n, c, h, w = x.shape
+    length = h + w
+    size, strides = (n, c, length, 1), (length * c, 1, c, c)
+    nhwc = _is_nhwc(x)
+    xn = _native(x, nhwc)
+    steps = _steps(xn, nhwc)
+    k = _constants(c, h, w, 1, x.dtype, nhwc, steps, steps, _is_wide(xn))
+    # Columns wider than a tile are added up in memory, so not in a half type.
+    at_once = k["sizes"].BW >= w
+    means = x.new_empty_strided(size, strides, dtype=x.dtype if at_once else accumulate_dtype(x.dtype))
+    if x.numel():
+        with _on(x):
+            arguments = (xn, means, None, None, xn.stride(0))
+            _run(pool_pass.pool_kernel, n * k["blocks"], arguments, k["means"])
+    return means if means.dtype == x.dtype else _as(means, x.dtype, size, strides)
+
+
+def _as(t, dtype, size, strides):
+    """A copy of t in this dtype and these strides."""
+    return t.new_empty_strided(size, strides, dtype=dtype).copy_(t)
+
+
+def pool_backward(grad, x):
+    n, c, h, w = x.shape
+    if tuple(grad.shape) != (n, c, h + w, 1):
+        raise RuntimeError("coordatt_fast: grad must be [N, C, H + W, 1]")
+    nhwc = _is_nhwc(x)
+    dx = _empty_map(x, nhwc)
+    if x.numel():
+        steps = _steps(dx, nhwc)
+        k = _constants(c, h, w, 1, x.dtype, nhwc, steps, steps, _is_wide(dx))
+        with _on(x):
+            arguments = (grad, dx, *grad.stride()[:3], dx.stride(0))
+            _run(pool_pass.pool_backward_kernel, n * k["blocks"], arguments, k["means_backward"])
+    return dx
+
+
+def _logits(x, s_h, s_w):
+    """Strides of the logits: image, channel, line of each."""
+    n, c, h, w = x.shape
+    if tuple(s_h.shape) != (n, c, h, 1) or tuple(s_w.shape) != (n, c, 1, w):
+        raise RuntimeError("coordatt_fast: s_h must be [N, C, H, 1] and s_w [N, C, 1, W]")
+    if s_h.device != x.device or s_w.device != x.device:
+        raise RuntimeError("coordatt_fast: s_h and s_w must be on x's device")
+    if any((s.dtype == torch.float64) != (x.dtype == torch.float64) for s in (s_h, s_w)):
+        raise RuntimeError("coordatt_fast: logits must be float64 exactly where x is")
+    return (*s_h.stride()[:3], *s_w.stride()[:2], s_w.stride(3))
+
+
+def gate(x, s_h, s_w, skip):
+    n, c, h, w = x.shape
+    strides = _logits(x, s_h, s_w)
+    nhwc = _is_nhwc(x)
+    out = _empty_map(x, nhwc)
+    if x.numel():
+        xn = _native(x, nhwc)
+        k = _constants(c, h, w, 1, x.dtype, nhwc, _steps(xn, nhwc), _steps(out, nhwc), _is_wide(xn, out))
+        gates = x.new_empty(n * (h + w) * c, dtype=accumulate_dtype(x.dtype))
+        with _on(x):
+            arguments = (xn, out, gates, s_h, s_w, xn.stride(0), out.stride(0), *strides)
+            _run(gate_pass.gate_logits_kernel, n * k["blocks"], arguments, k["logits"] | dict(SKIP=skip))
+    return out
+
+
+def gate_backward(grad, x, s_h, s_w, skip):
+    n, c, h, w = x.shape
+    _check_map(grad, x, "grad")
+    strides = _logits(x, s_h, s_w)
+    nhwc = _is_nhwc(x)
+    dx = _empty_map(x, nhwc)
+    length, acc = h + w, accumulate_dtype(x.dtype)
+    ds = x.new_empty((n, length, c), dtype=acc)
+    if x.numel():
+        xn, g = _native(x, nhwc), _native(grad, nhwc)
+        k = _constants(c, h, w, 1, x.dtype, nhwc, _steps(xn, nhwc), _steps(g, nhwc), _is_wide(xn, g, dx))
+        gates = x.new_empty(n * length * c, dtype=acc)
+        steps = _steps(dx, nhwc)
+        constants = k["logits_backward"] | dict(SKIP=skip, OC=steps[0], OW=steps[1])
+        with _on(x):
+            arguments = (g, xn, dx, gates, ds, s_h, s_w, g.stride(0), xn.stride(0), dx.stride(0), *strides)
+            _run(gate_pass.gate_backward_kernel, n * k["blocks"], arguments, constants)
+    ds_h = _as(ds[:, :h].mT.unsqueeze(3), s_h.dtype, (n, c, h, 1), (h * c, 1, c, c))
+    ds_w = _as(ds[:, h:].mT.unsqueeze(2), s_w.dtype, (n, c, 1, w), (w * c, 1, w * c, c))
+    return dx, ds_h, ds_w

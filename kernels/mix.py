@@ -230,14 +230,15 @@ def update_kernel(
         tl.debug_barrier()
         tl.store(tracked_ptr, seen)
     count = tl.zeros([MP], ACC) + rows.to(ACC)
+    live = m < tl.minimum(rows, 1) * M
     if running_mean_ptr is not None:
         at = running_mean_ptr + m.to(tl.int64) * mean_step
         old = tl.load(at, mask=m < M, other=0.0).to(ACC)
         new = tl.load(mean_ptr + m, mask=m < M, other=0.0)
-        tl.store(at, (1.0 - factor) * old + factor * new, mask=(m < M) & (rows > 0))
+        tl.store(at, (1.0 - factor) * old + factor * new, mask=live)
     if running_var_ptr is not None:
         at = running_var_ptr + m.to(tl.int64) * var_step
         old = tl.load(at, mask=m < M, other=0.0).to(ACC)
         new = tl.load(var_ptr + m, mask=m < M, other=0.0)
         unbiased = tl.where(count > 1.0, count / (count - 1.0), 1.0)
-        tl.store(at, (1.0 - factor) * old + factor * unbiased * new, mask=(m < M) & (rows > 0))
+        tl.store(at, (1.0 - factor) * old + factor * unbiased * new, mask=live)

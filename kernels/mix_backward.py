@@ -158,11 +158,12 @@ def finish(
     total = tl.zeros([FB], ACC)
     for s in range(SPLITS):
         at = parts_ptr + (start + s).to(tl.int64) * size + i
-        total += tl.load(at, mask=(i < size) & (s < splits), other=0.0)
+        total += tl.load(at, mask=i < tl.where(splits > s, size, 0), other=0.0)
     c = i // (M + 1)
     m = i % (M + 1)
-    weight = (i < size) & (m < M) & (splits > 0)
-    bias = (i < size) & (m == M) & (splits > 0)
+    there = i < tl.where(splits > 0, size, 0)
+    weight = there & (m < M)
+    bias = there & (m == M)
     if kind == 0:
         if dwh_ptr is not None:
             tl.store(dwh_ptr + c * M + m, total, mask=weight)
