@@ -21,8 +21,9 @@ def mix_backward_kernel(
     du_ptr += first * M
     left = rows - block * (TILES * LB)
     mean, _, scale, shift = normalisation(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, M, MP, NORM, ACC)
-    sum_du = tl.zeros([MP], ACC)
-    sum_dev = tl.zeros([MP], ACC)
+    # Sums stay in the tile's shape within the loop: cheaper, and triton 3.6 cannot compile some reductions in loops.
+    sum_du = tl.zeros([LB, MP], ACC)
+    sum_dev = tl.zeros([LB, MP], ACC)
     for tile in range(TILES):
         line = tile * LB + tl.arange(0, LB)
         on = line < left
@@ -33,11 +34,11 @@ def mix_backward_kernel(
         du = activate_backward(off * scale[None, :] + shift[None, :], dy, ACT)
         du = tl.where(mask, du, 0.0)
         tl.store(du_ptr + at, du, mask=mask)
-        sum_du += tl.sum(du, 0)
-        sum_dev += tl.sum(tl.where(mask, du * off, 0.0), 0)
+        sum_du += du
+        sum_dev += tl.where(mask, du * off, 0.0)
     at = sums_ptr + block * (2 * M) + m
-    tl.store(at, sum_du, mask=m < M)
-    tl.store(at + M, sum_dev, mask=m < M)
+    tl.store(at, tl.sum(sum_du, 0), mask=m < M)
+    tl.store(at + M, tl.sum(sum_dev, 0), mask=m < M)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def weights_kernel(
         if kind == 2:
             left_ptr = means_ptr
         acc = tl.zeros([BC, MP], ACC)
-        bias = tl.zeros([BC], ACC)
+        lefts = tl.zeros([BC, KB], ACC)
         for tile in range(TILES):
             q = (part * TILES + tile) * KB + tl.arange(0, KB)
             on = q < images * span
@@ -120,7 +121,8 @@ def weights_kernel(
             dz = dz_of(du, z, mean, inv, scale, sum_du, sum_dev, rows, NORM)
             right = tl.where(mask, tl.where(kind == 2, dz, y), 0.0)
             acc = product(left, right, acc)
-            bias += tl.sum(left, 1)
+            lefts += left
+        bias = tl.sum(lefts, 1)
         if SPLIT:
             at = parts_ptr + split.to(tl.int64) * (C * (M + 1)) + c * (M + 1)
             tl.store(at[:, None] + m[None, :], acc, mask=(c < C)[:, None] & (m < M)[None, :])
