@@ -1,4 +1,4 @@
-"""Every kernel as it would be compiled for given maps, without a GPU: what an ahead-of-time sweep goes through."""
+"""Every kernel as it would be compiled for given maps, without a GPU: for ahead-of-time sweeps."""
 
 import contextlib
 from typing import NamedTuple
@@ -17,7 +17,7 @@ _POINTERS = {
 
 
 class Entry(NamedTuple):
-    """Arguments of triton.compiler.ASTSource (fn, signature, constexprs, attrs), and num_warps for the options.
+    """Arguments of triton.compiler.ASTSource (fn, signature, constexprs, attrs), num_warps for the options.
 
     arguments are those of the launch, tensors on the meta device; programs is its grid.
     """
@@ -63,15 +63,19 @@ def record(into: list[Entry]):
 
 
 def entries(
-    shape, mid: int, dtype: torch.dtype, nhwc: bool = False, norm: int = 2, activation: int = 0, skip: bool = False,
-    param_dtype: torch.dtype | None = None,
+    shape, mid: int, dtype: torch.dtype, nhwc: bool = False, norm: int = 2, activation: int = 0,
+    skip: bool = False, param_dtype: torch.dtype | None = None,
 ) -> list[Entry]:  # fmt: skip
     """The launches of inference, training, backward and the hybrid tier for a map of this shape [N, C, H, W].
 
-    mid is M; norm (0, 1, 2) and activation are the operators' codes; under norm 2 inference takes given statistics.
+    mid is M; norm (0, 1, 2) and activation are the operators' codes; under norm 2 inference takes
+    given statistics.
     """
     n, c, h, w = shape
-    make = lambda *size, dtype=param_dtype or dtype: torch.empty(size, dtype=dtype, device="meta")
+
+    def make(*size, dtype=param_dtype or dtype):
+        return torch.empty(size, dtype=dtype, device="meta")
+
     layout = torch.channels_last if nhwc else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
     acc = launch.accumulate_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Gate: out = x * a_w * a_h (+ x), the gates made on the way. Backward, reduce: grad and x -> the logits' gradients."""
+"""Gate: out = x * a_w * a_h (+ x), the gates made on the way. Backward, reduce: grad, x -> dlogits."""
 
 import triton
 import triton.language as tl
@@ -43,7 +43,8 @@ def gate_kernel(
     b1_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps: tl.float64, wh_ptr, bh_ptr, ww_ptr, bw_ptr,
     x_image, out_image, rows, blocks_of_rows,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr, OW: tl.constexpr, GC: tl.constexpr, GL: tl.constexpr,
+    XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr, OW: tl.constexpr, GC: tl.constexpr,
+    GL: tl.constexpr,
     BC: tl.constexpr, BLOCK: tl.constexpr, LB: tl.constexpr, KC: tl.constexpr, MP: tl.constexpr,
     BLOCKS: tl.constexpr, SIZE: tl.constexpr, NBP: tl.constexpr,
     TRAIN: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, SKIP: tl.constexpr,
@@ -51,12 +52,12 @@ def gate_kernel(
 ):  # fmt: skip
     """The gates of a block of channels, into gates (small tensors), then its planes.
 
-    z: pool's parts [N * L, BLOCKS, M], or with TRAIN stats_kernel's squeezed [N * L, M]. Under NORM 2 the statistics
-    come from its blocks of SIZE rows. With TRAIN the first program writes mean and variance.
+    z: pool's parts [N * L, BLOCKS, M], or with TRAIN stats_kernel's squeezed [N * L, M]. Under NORM 2 the
+    statistics come from its blocks of SIZE rows. With TRAIN the first program writes mean and variance.
     """
     pid = tl.program_id(0)
     # Backwards: what pool read last is still in cache.
-    n, block, c0 = own(tl.num_programs(0) - 1 - pid, C, BC)
+    n, _, c0 = own(tl.num_programs(0) - 1 - pid, C, BC)
     gates_ptr += n * (C * (H + W)) + c0 * GC
     m = tl.arange(0, MP)
     if NORM == 2:
@@ -66,7 +67,7 @@ def gate_kernel(
             tl.store(saved_mean_ptr + m, mean, mask=m < M)
             tl.store(saved_var_ptr + m, var, mask=m < M)
     else:
-        mean, inv, scale, shift = normalisation(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, M, MP, NORM, ACC)
+        mean, _, scale, shift = normalisation(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, M, MP, NORM, ACC)
         if TRAIN:
             if pid == 0:
                 var = tl.zeros([MP], ACC) + 1.0
@@ -94,8 +95,9 @@ def gate_kernel(
     x_ptr += n * x_image + c0.to(tl.int64) * XC
     out_ptr += n * out_image + c0.to(tl.int64) * OC
     apply_gates(
-        x_ptr, out_ptr, gates_ptr, c0, C, H, W, XC, XW, OC, OW, GC, GL, BC, BLOCK, SKIP, NHWC, WHOLE, WIDE, ACC
-    )
+        x_ptr, out_ptr, gates_ptr, c0, C, H, W, XC, XW, OC, OW, GC, GL, BC, BLOCK, SKIP, NHWC, WHOLE, WIDE,
+        ACC,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -127,12 +129,13 @@ def gate_logits_kernel(
     x_ptr, out_ptr, gates_ptr, s_h_ptr, s_w_ptr, x_image, out_image,
     h_image, h_channel, h_line, w_image, w_channel, w_line,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr, OW: tl.constexpr, GC: tl.constexpr, GL: tl.constexpr,
+    XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr, OW: tl.constexpr, GC: tl.constexpr,
+    GL: tl.constexpr,
     BC: tl.constexpr, BLOCK: tl.constexpr, LB: tl.constexpr, SKIP: tl.constexpr, NHWC: tl.constexpr,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The hybrid tier's gate: logits s_h [N, C, H], s_w [N, C, W] are given."""
-    n, block, c0 = own(tl.num_programs(0) - 1 - tl.program_id(0), C, BC)
+    n, _, c0 = own(tl.num_programs(0) - 1 - tl.program_id(0), C, BC)
     gates_ptr += n * (C * (H + W)) + c0 * GC
     open_gates(
         s_h_ptr, s_w_ptr, gates_ptr, n, c0, h_image, h_channel, h_line, w_image, w_channel, w_line,
@@ -142,15 +145,17 @@ def gate_logits_kernel(
     x_ptr += n * x_image + c0.to(tl.int64) * XC
     out_ptr += n * out_image + c0.to(tl.int64) * OC
     apply_gates(
-        x_ptr, out_ptr, gates_ptr, c0, C, H, W, XC, XW, OC, OW, GC, GL, BC, BLOCK, SKIP, NHWC, WHOLE, WIDE, ACC
-    )
+        x_ptr, out_ptr, gates_ptr, c0, C, H, W, XC, XW, OC, OW, GC, GL, BC, BLOCK, SKIP, NHWC, WHOLE, WIDE,
+        ACC,
+    )  # fmt: skip
 
 
 @triton.jit
 def reduce_planes(
     g_ptr, x_ptr, gates_ptr, ds_ptr, c0,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    GXC: tl.constexpr, GXW: tl.constexpr, XC: tl.constexpr, XW: tl.constexpr, GC: tl.constexpr, GL: tl.constexpr,
+    GXC: tl.constexpr, GXW: tl.constexpr, XC: tl.constexpr, XW: tl.constexpr, GC: tl.constexpr,
+    GL: tl.constexpr,
     BC: tl.constexpr, TC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, WIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +195,8 @@ def reduce_planes(
 def reduce_kernel(
     g_ptr, x_ptr, gates_ptr, ds_ptr, wh_ptr, ww_ptr, partial_ptr, g_image, x_image,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
-    GXC: tl.constexpr, GXW: tl.constexpr, XC: tl.constexpr, XW: tl.constexpr, GC: tl.constexpr, GL: tl.constexpr,
+    GXC: tl.constexpr, GXW: tl.constexpr, XC: tl.constexpr, XW: tl.constexpr, GC: tl.constexpr,
+    GL: tl.constexpr,
     BC: tl.constexpr, TC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
     LB: tl.constexpr, KC: tl.constexpr, MP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -218,13 +224,15 @@ def gate_backward_kernel(
     g_ptr, x_ptr, dx_ptr, gates_ptr, ds_ptr, s_h_ptr, s_w_ptr, g_image, x_image, dx_image,
     h_image, h_channel, h_line, w_image, w_channel, w_line,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    GXC: tl.constexpr, GXW: tl.constexpr, XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr, OW: tl.constexpr,
-    GC: tl.constexpr, GL: tl.constexpr, BC: tl.constexpr, TC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
+    GXC: tl.constexpr, GXW: tl.constexpr, XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr,
+    OW: tl.constexpr,
+    GC: tl.constexpr, GL: tl.constexpr, BC: tl.constexpr, TC: tl.constexpr, BH: tl.constexpr,
+    BW: tl.constexpr,
     BLOCK: tl.constexpr, LB: tl.constexpr, SKIP: tl.constexpr, NHWC: tl.constexpr, WHOLE: tl.constexpr,
     WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The hybrid tier's backward: ds of the logits, and dx, which is the gate applied to grad."""
-    n, block, c0 = own(tl.program_id(0), C, BC)
+    n, _, c0 = own(tl.program_id(0), C, BC)
     small = n * (C * (H + W)) + c0 * GC
     gates_ptr += small
     open_gates(
@@ -240,5 +248,6 @@ def gate_backward_kernel(
         C, H, W, GXC, GXW, XC, XW, GC, GL, BC, TC, BH, BW, WIDE, ACC,
     )  # fmt: skip
     apply_gates(
-        g_ptr, dx_ptr, gates_ptr, c0, C, H, W, GXC, GXW, OC, OW, GC, GL, BC, BLOCK, SKIP, NHWC, WHOLE, WIDE, ACC
-    )
+        g_ptr, dx_ptr, gates_ptr, c0, C, H, W, GXC, GXW, OC, OW, GC, GL, BC, BLOCK, SKIP, NHWC, WHOLE, WIDE,
+        ACC,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The host's side of the Triton kernels: the operators of csrc/library.cpp, with the same arguments and results.
+"""The host's side of the Triton kernels: csrc/library.cpp's operators, with the same arguments and results.
 
 Results that only the backward pass reads (pooled, gates) hold C * L numbers an image in the order of walk.py.
 """
@@ -15,7 +15,7 @@ from . import mix, mix_backward, tables
 from . import pool as pool_pass
 
 NONE, GIVEN, BATCH = 0, 1, 2
-_ACC = {torch.float32: tl.float32, torch.float64: tl.float64, torch.bfloat16: tl.float32, torch.float16: tl.float32}
+_ACC = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 
 
 def _run(kernel, programs: int, arguments: tuple, constants: dict, warps: int = tables.WARPS) -> None:
@@ -66,7 +66,7 @@ def _check_map(t: Tensor, x: Tensor, name: str) -> None:
 
 
 def _dense(t: Tensor | None, count: int, x: Tensor, name: str) -> Tensor | None:
-    """A parameter as the kernels take it: dense, on x's device, of x's dtype or the one that is added up in."""
+    """A parameter as the kernels take it: dense, on x's device, of x's dtype or float32 beside half x."""
     if t is None:
         return None
     if t.numel() != count or t.device != x.device:
@@ -233,8 +233,8 @@ def _forward(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activ
             constants = k["gate"] | dict(
                 BLOCKS=1, SIZE=tiles * s.RB, TRAIN=True, NORM=norm, ACT=activation, SKIP=skip
             )
-            arguments = (xn, out, gates, squeezed, stats, saved_mean, saved_var, b1, gamma, beta, mean, var, eps)
-            arguments += (wh, bh, ww, bw, x_image, out_image, rows, row_blocks)
+            arguments = (xn, out, gates, squeezed, stats, saved_mean, saved_var)
+            arguments += (b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, x_image, out_image, rows, row_blocks)
         _run(gate_pass.gate_kernel, n * blocks, arguments, constants)
 
 
@@ -253,7 +253,8 @@ def update_running_stats(running_mean, running_var, num_batches_tracked, squeeze
     cumulative = momentum is None and num_batches_tracked is not None
     steps = [0 if t is None else t.stride(0) for t in (running_mean, running_var)]
     constants = dict(M=m, MP=tables.power(m), CUMULATIVE=cumulative, ACC=_ACC[mean.dtype])
-    arguments = (running_mean, running_var, num_batches_tracked, mean, var, rows, float(momentum or 0), *steps)
+    momentum = float(momentum or 0)
+    arguments = (running_mean, running_var, num_batches_tracked, mean, var, rows, momentum, *steps)
     with _on(mean):
         _run(mix.update_kernel, 1, arguments, constants)
 
@@ -279,7 +280,7 @@ def attend_backward(
     like = ((w1, first), (w1, m), (bn, m), (bn, m), (wh, last), (wh, c), (ww, last), (ww, c))
     dx = _empty_map(x, nhwc) if needs & 1 else x.new_empty(0)
     found = [
-        t.new_empty(size) if needs >> bit & 1 else t.new_empty(0) for bit, (t, size) in enumerate(like, start=1)
+        t.new_empty(size if needs >> bit & 1 else 0) for bit, (t, size) in enumerate(like, start=1)
     ]
     if x.numel() == 0:
         return dx, *(t.zero_() for t in found)

@@ -1,7 +1,7 @@
 """Mix: the channel-mixing middle. Means -> squeezed -> gates, and dlogits -> the parameters' gradients.
 
-Rows of the middle are [N * L, M], image after image. The big kernels (pool, gate) do the products with their own
-channels; what spans channels or images is here: stats, mix_backward and weights.
+Rows of the middle are [N * L, M], image after image. The big kernels (pool, gate) do the products with
+their own channels; what spans channels or images has kernels here.
 """
 
 import triton
@@ -18,10 +18,11 @@ def product(a, b, acc):
 def contract(
     small_ptr, w_ptr, out_ptr, c0, first: tl.constexpr, count: tl.constexpr,
     WC: tl.constexpr, WM: tl.constexpr, OUT: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-    GC: tl.constexpr, GL: tl.constexpr, BC: tl.constexpr, LB: tl.constexpr, KC: tl.constexpr, MP: tl.constexpr,
+    GC: tl.constexpr, GL: tl.constexpr, BC: tl.constexpr, LB: tl.constexpr, KC: tl.constexpr,
+    MP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels' part of lines first to first + count of [L, C] times [C, M]; pointers are at c0."""
+    """A block of channels' part of lines first to first + count of [L, C] x [C, M]; pointers are at c0."""
     m = tl.arange(0, MP)
     for l0 in range(first, first + count, LB):
         line = l0 + tl.arange(0, LB)
@@ -41,7 +42,8 @@ def contract(
 @triton.jit
 def expand(
     y, line, on, w_ptr, b_ptr, gates_ptr, c0, C: tl.constexpr, M: tl.constexpr,
-    GC: tl.constexpr, GL: tl.constexpr, BC: tl.constexpr, LB: tl.constexpr, KC: tl.constexpr, MP: tl.constexpr,
+    GC: tl.constexpr, GL: tl.constexpr, BC: tl.constexpr, LB: tl.constexpr, KC: tl.constexpr,
+    MP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Gates of these lines and this block's channels from y [LB, MP]; gates_ptr is at c0."""
@@ -143,7 +145,8 @@ def add_partials(
     mask = on[:, None] & (m < M)[None, :]
     total = tl.zeros([LB, MP], ACC)
     for k in range(BLOCKS):
-        total += tl.load(partial_ptr + (line * (BLOCKS * M))[:, None] + (k * M + m)[None, :], mask=mask, other=0.0)
+        at = (line * (BLOCKS * M))[:, None] + (k * M + m)[None, :]
+        total += tl.load(partial_ptr + at, mask=mask, other=0.0)
     return total
 
 
@@ -162,8 +165,8 @@ def stats_kernel(
     M: tl.constexpr, BLOCKS: tl.constexpr, LB: tl.constexpr, TILES: tl.constexpr, MP: tl.constexpr,
     NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """squeezed [rows, M] from its parts; under NORM 2 mean and squared deviations of each block of TILES * LB rows,
-    stats [blocks, 2, M]."""
+    """squeezed [rows, M] from its parts; under NORM 2 mean and squared deviations of each block of TILES * LB
+    rows, stats [blocks, 2, M]."""
     block = tl.program_id(0)
     m = tl.arange(0, MP)
     first = block.to(tl.int64) * (TILES * LB)

@@ -8,11 +8,12 @@ from .mix import activate, activate_backward, add_partials, normalisation, produ
 
 @triton.jit
 def mix_backward_kernel(
-    partial_ptr, squeezed_ptr, du_ptr, sums_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps: tl.float64, rows,
-    M: tl.constexpr, BLOCKS: tl.constexpr, LB: tl.constexpr, TILES: tl.constexpr, MP: tl.constexpr,
+    partial_ptr, squeezed_ptr, du_ptr, sums_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps: tl.float64,
+    rows, M: tl.constexpr, BLOCKS: tl.constexpr, LB: tl.constexpr, TILES: tl.constexpr, MP: tl.constexpr,
     NORM: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """du [rows, M] from the parts of dy, and sums [blocks, 2, M]: of du and du * (z - mean) over TILES * LB rows."""
+    """du [rows, M] from the parts of dy, and sums [blocks, 2, M]: of du and du * (z - mean) over TILES * LB
+    rows."""
     block = tl.program_id(0)
     m = tl.arange(0, MP)
     first = block.to(tl.int64) * (TILES * LB)
@@ -21,7 +22,7 @@ def mix_backward_kernel(
     du_ptr += first * M
     left = rows - block * (TILES * LB)
     mean, _, scale, shift = normalisation(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, M, MP, NORM, ACC)
-    # Sums stay in the tile's shape within the loop: cheaper, and triton 3.6 cannot compile some reductions in loops.
+    # Sums stay in the tile's shape within the loop: triton 3.6 cannot compile some reductions in loops.
     sum_du = tl.zeros([LB, MP], ACC)
     sum_dev = tl.zeros([LB, MP], ACC)
     for tile in range(TILES):
@@ -55,7 +56,7 @@ def gradient_sums(
 
 @triton.jit
 def dz_of(du, z, mean, inv, scale, sum_du, sum_dev, rows, NORM: tl.constexpr):
-    """The gradient of the squeezed rows z [.., MP]; under batch statistics their mean and variance move too."""
+    """The gradient of the squeezed rows z [.., MP]; batch statistics move with them."""
     dz = du
     if NORM == 2:
         count = tl.zeros_like(sum_du) + rows
@@ -66,15 +67,15 @@ def dz_of(du, z, mean, inv, scale, sum_du, sum_dev, rows, NORM: tl.constexpr):
 
 @triton.jit
 def weights_kernel(
-    ds_ptr, means_ptr, du_ptr, squeezed_ptr, sums_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps: tl.float64,
-    parts_ptr, dwh_ptr, dbh_ptr, dww_ptr, dbw_ptr, dw1_ptr, db1_ptr, dgamma_ptr, dbeta_ptr,
+    ds_ptr, means_ptr, du_ptr, squeezed_ptr, sums_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
+    eps: tl.float64, parts_ptr, dwh_ptr, dbh_ptr, dww_ptr, dbw_ptr, dw1_ptr, db1_ptr, dgamma_ptr, dbeta_ptr,
     images, rows, blocks_of_rows, splits_h, splits_w, splits_1,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, M: tl.constexpr, GC: tl.constexpr, GL: tl.constexpr,
     BC: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, MP: tl.constexpr, NBP: tl.constexpr,
     SPLIT: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the convolutions' weights, and of the expanding ones' biases: a product over KB * TILES rows of
-    the middle per program. With SPLIT parts [splits, C, M + 1] for finish() (bias last), else the results.
+    """Gradients of the convolutions' weights, and of the expanding ones' biases: a product over KB * TILES rows
+    of the middle per program. With SPLIT parts [splits, C, M + 1] for finish() (bias last), else the results.
 
     The first program writes the gradients of bn's parameters and of conv1's bias.
     """
@@ -150,7 +151,7 @@ def finish(
     index, parts_ptr, dwh_ptr, dbh_ptr, dww_ptr, dbw_ptr, dw1_ptr, splits_h, splits_w, splits_1,
     C: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr, FB: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds up FB numbers of one kind of weights_kernel's parts, in order. SPLITS: at least the number of parts."""
+    """Adds up FB numbers of one kind of weights_kernel's parts, in order. SPLITS bounds the number."""
     size: tl.constexpr = C * (M + 1)
     groups: tl.constexpr = (size + FB - 1) // FB
     kind = index // groups

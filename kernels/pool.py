@@ -16,7 +16,7 @@ def pool_kernel(
     BC: tl.constexpr, TC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr,
     LB: tl.constexpr, KC: tl.constexpr, MP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Reads each element of x once. means: small tensors; partial [N * L, blocks, M], or None for means alone."""
+    """One read of x. means: small tensors; partial [N * L, blocks, M], or None for means alone."""
     n, block, c0 = own(tl.program_id(0), C, BC)
     x_ptr += n * x_image + c0.to(tl.int64) * XC
     means_ptr += n * (C * (H + W)) + c0 * GC
@@ -48,8 +48,10 @@ def pool_kernel(
         tl.debug_barrier()
         blocks: tl.constexpr = (C + BC - 1) // BC
         partial_ptr += n * ((H + W) * blocks * M) + block * M
-        contract(means_ptr, w1_ptr + c0, partial_ptr, c0, 0, H, 1, C, blocks * M, C, M, GC, GL, BC, LB, KC, MP, ACC)
-        contract(means_ptr, w1_ptr + c0, partial_ptr, c0, H, W, 1, C, blocks * M, C, M, GC, GL, BC, LB, KC, MP, ACC)
+        w1_ptr += c0
+        contract(
+            means_ptr, w1_ptr, partial_ptr, c0, 0, H + W, 1, C, blocks * M, C, M, GC, GL, BC, LB, KC, MP, ACC
+        )
 
 
 @triton.jit
@@ -78,12 +80,12 @@ def spread_kernel(
             )  # fmt: skip
     elif dx_ptr is not None:
         # Backwards: what reduce read last is still in cache.
-        n, block, c0 = own(planes - 1 - pid, C, BC)
+        n, _, c0 = own(planes - 1 - pid, C, BC)
         small = n * (C * (H + W)) + c0 * GC
         gates_ptr += small
         dp_ptr += small
         m = tl.arange(0, MP)
-        mean, inv, scale, shift = normalisation(mean_ptr, var_ptr, gamma_ptr, None, eps, M, MP, NORM, ACC)
+        mean, inv, scale, _ = normalisation(mean_ptr, var_ptr, gamma_ptr, None, eps, M, MP, NORM, ACC)
         sum_du, sum_dev = gradient_sums(sums_ptr, blocks_of_rows, M, MP, NBP, ACC)
         row0 = n * ((H + W) * M)
         for l0 in range(0, H + W, LB):
@@ -112,7 +114,8 @@ def spread_kernel(
         for i0 in range(0, BC * H * W, BLOCK):
             i, c, pixel = place(i0, H, W, BC, BLOCK, NHWC)
             mask = inside(i, c, pixel, c0, C, H, W, BC, NHWC, WHOLE)
-            g = tl.load(grad_ptr + step(i, c, pixel, GXC, GXW, H * W, NHWC, WIDE), mask=mask, other=0.0).to(ACC)
+            at = step(i, c, pixel, GXC, GXW, H * W, NHWC, WIDE)
+            g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(ACC)
             at_h = c * GC + (pixel // W) * GL
             at_w = c * GC + (H + pixel % W) * GL
             v = g * tl.load(gates_ptr + at_h, mask=mask, other=0.0)
@@ -131,7 +134,7 @@ def pool_backward_kernel(
     ACC: tl.constexpr,
 ):  # fmt: skip
     """dx [N, C, H, W] from the gradient of the means [N, C, L], of any strides."""
-    n, block, c0 = own(tl.program_id(0), C, BC)
+    n, _, c0 = own(tl.program_id(0), C, BC)
     grad_ptr += n * grad_image + c0.to(tl.int64) * grad_channel
     dx_ptr += n * dx_image + c0.to(tl.int64) * DXC
     for i0 in range(0, BC * H * W, BLOCK):

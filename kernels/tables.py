@@ -1,8 +1,8 @@
 """Block sizes by C, H, W, M, dtype and layout: static, so that a shape always runs the same code.
 
-Every program owns BC channels of one image. Small BC gives more programs, large BC fewer parts of the squeeze: with
-B = C / BC blocks, B parts of L x M numbers an image are written once and, in inference, read by each of B gate
-programs. PART_SHARE bounds these bytes against the three passes over the map.
+Every program owns BC channels of one image. Small BC gives more programs, large BC fewer parts of the
+squeeze: with B = C / BC blocks, B parts of L x M numbers an image are written once and, in inference, read by
+each of B gate programs. PART_SHARE bounds these bytes against the three passes over the map.
 """
 
 import functools
@@ -66,8 +66,10 @@ def _channels(c: int, h: int, w: int, m: int, itemsize: int, nhwc: bool) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def sizes(c: int, h: int, w: int, m: int, itemsize: int, nhwc: bool, bc: int = 0) -> Sizes:
-    """The table's entry for maps [.., c, h, w] of itemsize bytes an element and m squeezed channels; bc: another
-    block of channels than the table's."""
+    """The table's entry for maps [.., c, h, w] of itemsize bytes an element and m squeezed channels.
+
+    bc: another block of channels than the table's.
+    """
     bc = bc or _channels(c, h, w, m, itemsize, nhwc)
     elements = TILE if itemsize < 8 else TILE // 2
     mp = max(16, power(m))
@@ -103,5 +105,5 @@ def row_blocks(rows: int, rb: int, nbp: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def weight_tiles(rows: int, kb: int) -> int:
-    """Tiles of kb rows per program of the weights' gradients: at most 32 parts, and 8 tiles before a second part."""
+    """Tiles of kb rows per program of the weights' gradients: at most 32 parts, 8 tiles before a second."""
     return max(power(math.ceil(rows / (32 * kb))), min(8, power(math.ceil(rows / kb))))

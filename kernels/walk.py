@@ -1,4 +1,4 @@
-"""How a program goes over its planes: which block of which image it owns, and the flat walk of the second pass.
+"""How a program goes over its planes: which block of which image it owns, and the second pass's flat walk.
 
 A program owns BC channels of one image in every kernel that touches a map. Maps are addressed by constexpr
 strides (XC, XW: channel and pixel step, row step W * XW), so that loads are as wide as the map allows. Small
@@ -38,7 +38,8 @@ def place(i0, H: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, BLOCK: tl.cons
 @triton.jit
 def inside(
     i, c, pixel, c0,
-    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, NHWC: tl.constexpr, WHOLE: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, NHWC: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Mask of the elements that exist. WHOLE is a power of two that divides every block's number of elements,
     which lets the compiler keep masked accesses wide."""
