@@ -62,7 +62,7 @@ def gate_kernel(
     m = tl.arange(0, MP)
     if NORM == 2:
         mean, var = batch_statistics(stats_ptr, rows, blocks_of_rows, SIZE, M, MP, NBP, ACC)
-        mean, inv, scale, shift = affine(mean, var, gamma_ptr, beta_ptr, eps, M, MP, ACC)
+        mean, _, scale, shift = affine(mean, var, gamma_ptr, beta_ptr, eps, M, MP, ACC)
         if pid == 0:
             tl.store(saved_mean_ptr + m, mean, mask=m < M)
             tl.store(saved_var_ptr + m, var, mask=m < M)

@@ -234,7 +234,8 @@ def _forward(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activ
                 BLOCKS=1, SIZE=tiles * s.RB, TRAIN=True, NORM=norm, ACT=activation, SKIP=skip
             )
             arguments = (xn, out, gates, squeezed, stats, saved_mean, saved_var)
-            arguments += (b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, x_image, out_image, rows, row_blocks)
+            arguments += (b1, gamma, beta, mean, var, eps, wh, bh, ww, bw)
+            arguments += (x_image, out_image, rows, row_blocks)
         _run(gate_pass.gate_kernel, n * blocks, arguments, constants)
 
 

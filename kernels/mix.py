@@ -188,11 +188,16 @@ def stats_kernel(
             count = tl.sum(tl.zeros([LB, MP], ACC) + tl.where(on, 1.0, 0.0)[:, None], 0)
             tile_mean = tl.sum(tl.where(mask, z, 0.0), 0) / tl.where(count > 0, count, 1.0)
             off = tl.where(mask, z - tile_mean[None, :], 0.0)
+            rounding = tl.sum(off, 0) / tl.where(count > 0, count, 1.0)  # of the sum, taken out of it
+            tile_mean += tl.where(rounding == rounding, rounding, 0.0)
+            off = tl.where(mask, z - tile_mean[None, :], 0.0)
             delta = tile_mean - mean
             share = count / (before + count)
             joined = deviation + tl.sum(off * off, 0) + delta * delta * before * share
             deviation = tl.where(count > 0, joined, deviation)
-            mean = tl.where(count > 0, mean + delta * share, mean)
+            # An infinite mean stays what it is.
+            moved = tl.where(mean - mean == 0.0, mean + delta * share, mean + tile_mean)
+            mean = tl.where(count > 0, moved, mean)
     if NORM == 2:
         at = stats_ptr + block * (2 * M) + m
         tl.store(at, mean, mask=m < M)
@@ -213,6 +218,9 @@ def batch_statistics(
     means = tl.load(at, mask=mask, other=0.0)
     total = rows.to(ACC)
     mean = tl.sum(means * count, 0) / total
+    off = tl.where(mask, means - mean[None, :], 0.0)
+    rounding = tl.sum(off * count, 0) / total
+    mean += tl.where(rounding == rounding, rounding, 0.0)
     off = tl.where(mask, means - mean[None, :], 0.0)
     deviation = tl.sum(tl.load(at + M, mask=mask, other=0.0) + off * off * count, 0)
     return mean, deviation / total

@@ -75,7 +75,7 @@ def weights_kernel(
     SPLIT: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the convolutions' weights, and of the expanding ones' biases: a product over KB * TILES rows
-    of the middle per program. With SPLIT parts [splits, C, M + 1] for finish() (bias last), else the results.
+    of the middle per program. With SPLIT parts [splits, C, M + 1] for finish().
 
     The first program writes the gradients of bn's parameters and of conv1's bias.
     """
