@@ -12,6 +12,7 @@ from test_nonfinite import not_finite, same_kind
 from torch import nn
 
 from coordatt_fast import CoordAtt, coord_att, explain
+from coordatt_fast.kernels import launch
 
 SMALL = ["all-ones", "one-channel", "H=1", "W=1", "mid>C"]
 MEDIUM = ["primes", "W=7", "W=17", "mid=1", "mid=30", "mid=88", "C=129"]
@@ -72,6 +73,18 @@ def test_many_rows():
     """More rows than one part of the weights' gradients takes, and more than one block of statistics."""
     for layout in LAYOUTS:
         agree(Case((2, 9, 130, 135), 8, torch.float64, layout=layout))
+
+
+def test_several_tiles_of_rows_in_a_block(monkeypatch):
+    """As in batches of more than 8192 rows."""
+    monkeypatch.setattr(launch.tables, "row_blocks", lambda rows, rb, nbp: (4, -(-rows // (4 * rb))))
+    agree(Case((2, 5, 160, 190), 8, torch.float64))
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    monkeypatch.setattr(launch, "_is_wide", lambda *maps: True)
+    for layout in LAYOUTS:
+        agree(Case((2, 17, 5, 4), 8, torch.float64, layout=layout))
 
 
 @pytest.mark.parametrize("momentum", [0.1, None, 0.0, 1.0])
