@@ -1,6 +1,7 @@
 """What can compute Coordinate Attention here, and which of it the user has chosen."""
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from coordatt_fast import library
 NAMES = ("cpu", "cuda", "triton", "reference")
 AUTO = "auto"
 
+# Triton reads this when it is imported; its kernels then also run, slowly, on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") in ("1", "true", "on", "yes", "y")
+NO_CUDA = "not part of this version"
+_TRITON_DEVICES = ("cuda", "xpu")
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -20,6 +26,46 @@ class Backend:
 
     available: bool
     reason: str
+
+
+@functools.cache
+def _import_triton() -> str | None:
+    """Why the Triton kernels cannot be imported; None when they are."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
+        return f"triton does not import: {error}"
+    from coordatt_fast.kernels import launch  # noqa: F401
+
+    return None
+
+
+def triton_obstacle(kind: str) -> str | None:
+    """Why Triton's kernels cannot take tensors on this kind of device; None when they can."""
+    if kind == "cpu" and not INTERPRETED:
+        return "Triton has no kernels for CPU tensors (only its interpreter, under TRITON_INTERPRET=1)"
+    if kind not in ("cpu", *_TRITON_DEVICES):
+        return f"no backend for device {kind} in this version"
+    return _import_triton()
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+triton_obstacle._dynamo_marked_constant = True
+
+
+def _triton() -> tuple[bool, str]:
+    if why := _import_triton():
+        return False, why
+    import triton
+
+    version = f"triton {triton.__version__}"
+    for kind in _TRITON_DEVICES:
+        device = getattr(torch, kind, None)
+        if device is not None and device.is_available():
+            return True, f"{version}, {device.get_device_name()}"
+    if INTERPRETED:
+        return True, f"{version}, its interpreter on CPU tensors (TRITON_INTERPRET=1)"
+    return False, f"{version}, but there is no GPU"
 
 
 def backends() -> dict[str, Backend]:
@@ -32,8 +78,8 @@ def backends() -> dict[str, Backend]:
     )
     return {
         "cpu": Backend(loaded.loaded, cpu),
-        "cuda": Backend(False, "not part of this version"),
-        "triton": Backend(False, "not part of this version"),
+        "cuda": Backend(False, NO_CUDA),
+        "triton": Backend(*_triton()),
         "reference": Backend(True, "plain PyTorch"),
     }
 

@@ -1,9 +1,11 @@
-"""The compiled operators as PyTorch sees them: calls from eager and compiled code, gradients, shapes, FLOPs.
+"""The backends' operators as PyTorch sees them: calls from eager and compiled code, gradients, shapes, FLOPs.
 
-The schemas are csrc/library.cpp's (namespace coordatt_fast). R = N * (H + W) rows, first (n, h), then (n, w):
-pooled and gates are [R, C], squeezed is [R, M], mean and var are [M], float64 for float64 maps and float32
-for all others. Eager calls go through an autograd.Function around each op, a third of the cost of a
-registered formula; the compiler and opcheck see the registered formulas. Both run the same code.
+The compiled library's are torch.ops.coordatt_fast, with the schemas of csrc/library.cpp; the Triton backend's
+are torch.ops.coordatt_fast_triton, with the same schemas. R = N * (H + W) rows: pooled and gates are
+[R, C], squeezed is [R, M], mean and var are [M], float64 for float64 maps and float32 for all others; the
+order of the numbers in the first three is each backend's own. Eager calls go through an autograd.Function
+around each op, a third of the cost of a registered formula; the compiler and opcheck see the registered
+formulas. Both run the same code.
 """
 
 import functools
@@ -14,18 +16,81 @@ from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from coordatt_fast import library, reference
+from coordatt_fast.backends import INTERPRETED, choice
 
 NORM_NONE, NORM_GIVEN, NORM_BATCH = 0, 1, 2
 _NAMES = tuple(reference.ACTIVATIONS)
 
+_PARAMETERS = (
+    "Tensor conv1_weight, Tensor? conv1_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, "
+    "Tensor? bn_var, float eps, Tensor conv_h_weight, Tensor? conv_h_bias, Tensor conv_w_weight, "
+    "Tensor? conv_w_bias"
+)
+# As in csrc/library.cpp.
+_SCHEMAS = (
+    f"attend(Tensor x, {_PARAMETERS}, int activation, bool skip) -> Tensor",
+    f"attend_out(Tensor x, {_PARAMETERS}, int activation, bool skip, *, Tensor(a!) out) -> ()",
+    f"attend_train(Tensor x, {_PARAMETERS}, int norm, int activation, bool skip) -> (Tensor out, "
+    "Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)",
+    "attend_backward(Tensor grad, Tensor x, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, "
+    "Tensor var, Tensor conv1_weight, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor conv_h_weight, "
+    "Tensor conv_w_weight, int norm, int activation, bool skip, int needs) -> (Tensor dx, "
+    "Tensor dconv1_weight, Tensor dconv1_bias, Tensor dbn_weight, Tensor dbn_bias, Tensor dconv_h_weight, "
+    "Tensor dconv_h_bias, Tensor dconv_w_weight, Tensor dconv_w_bias)",
+    "update_running_stats(Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, Tensor squeezed, Tensor mean, Tensor var, float? momentum) -> ()",
+    "pool(Tensor x) -> Tensor",
+    "pool_backward(Tensor grad, Tensor x) -> Tensor",
+    "gate(Tensor x, Tensor s_h, Tensor s_w, bool skip) -> Tensor",
+    "gate_backward(Tensor grad, Tensor x, Tensor s_h, Tensor s_w, bool skip) -> (Tensor dx, Tensor ds_h, "
+    "Tensor ds_w)",
+)
+
+
+def _define_triton() -> torch.library.Library:
+    """Operators whose kernels, and Triton itself, are imported by the first call that runs them."""
+    made = torch.library.Library("coordatt_fast_triton", "DEF")
+
+    def implementation(name):
+        def call(*args, **kwargs):
+            from coordatt_fast.kernels import launch
+
+            return getattr(launch, name)(*args, **kwargs)
+
+        return call
+
+    for schema in _SCHEMAS:
+        made.define(schema)
+        name = schema.partition("(")[0]
+        for key in ("CUDA", "XPU", *(["CPU"] if INTERPRETED else [])):
+            made.impl(name, implementation(name), key)
+    return made
+
+
+class _Operators:
+    """One backend's operators, ready to call."""
+
+    def __init__(self, name, namespace):
+        self.name, self.packets = name, namespace
+        self.attend, self.attend_out = namespace.attend.default, namespace.attend_out.default
+        self.train, self.backward = namespace.attend_train.default, namespace.attend_backward.default
+        self.update = namespace.update_running_stats.default
+        self.pool, self.pool_backward = namespace.pool.default, namespace.pool_backward.default
+        self.gate, self.gate_backward = namespace.gate.default, namespace.gate_backward.default
+
+
 LOADED = library.load().loaded
-_lib = torch.ops.coordatt_fast
-if LOADED:
-    _attend, _attend_out = _lib.attend.default, _lib.attend_out.default
-    _attend_train, _attend_backward = _lib.attend_train.default, _lib.attend_backward.default
-    _update = _lib.update_running_stats.default
-    _pool, _pool_backward = _lib.pool.default, _lib.pool_backward.default
-    _gate, _gate_backward = _lib.gate.default, _lib.gate_backward.default
+_triton_library = _define_triton()
+_triton = _Operators("triton", torch.ops.coordatt_fast_triton)
+_cpu = _Operators("cpu", torch.ops.coordatt_fast) if LOADED else None
+
+
+def operators(x) -> _Operators:
+    """What computes a call on x that plan.obstacle lets through."""
+    if x.is_cpu and not (INTERPRETED and choice.name == "triton"):
+        return _cpu
+    return _triton
+
 
 # Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is
 # wanted.
@@ -47,17 +112,18 @@ def attention(x, weights, norm, activation, skip, tracked, momentum, update, out
     norm and activation are integer codes. The result is written into out where that is given, unless a
     gradient is recorded: then out is left alone.
     """
+    ops = _cpu if x.is_cpu and not INTERPRETED else operators(x)
     if _is_grad_enabled() and (x.requires_grad or _any_requires_grad(weights)):
         if _is_compiling():
-            return _train(x, weights, norm, activation, skip, tracked, momentum, update)[0]
-        return _apply(x, *weights, norm, activation, skip, tracked, momentum, update)
+            return _train(ops, x, weights, norm, activation, skip, tracked, momentum, update)[0]
+        return _apply(ops, x, *weights, norm, activation, skip, tracked, momentum, update)
     if norm == NORM_BATCH:
         with _below_autograd():
-            result = _train(x, weights, norm, activation, skip, tracked, momentum, update)[0]
+            result = _train(ops, x, weights, norm, activation, skip, tracked, momentum, update)[0]
         return result if out is None else out.copy_(result)
     if out is None:
-        return _attend(x, *weights, activation, skip)
-    return _attend_into(out, x, weights, activation, skip)
+        return ops.attend(x, *weights, activation, skip)
+    return _attend_into(ops, out, x, weights, activation, skip)
 
 
 def _any_requires_grad(weights):
@@ -67,27 +133,27 @@ def _any_requires_grad(weights):
     return False
 
 
-def _attend_into(out, x, weights, activation, skip):
+def _attend_into(ops, out, x, weights, activation, skip):
     compiling = _is_compiling()
     if not compiling and torch._debug_has_internal_overlap(out) == 1:
         raise RuntimeError(f"out (x, if in place) has elements that share memory: strides {out.stride()}")
     if not compiling and out is not x and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         # The two may overlap: written while it is read, x would come out wrong.
-        return out.copy_(_attend(x, *weights, activation, skip))
-    _attend_out(x, *weights, activation, skip, out=out)
+        return out.copy_(ops.attend(x, *weights, activation, skip))
+    ops.attend_out(x, *weights, activation, skip, out=out)
     if not compiling and not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # the compiled operator does not
+        torch.autograd.graph.increment_version(out)  # the operators do not
     return out
 
 
-def _train(x, weights, norm, activation, skip, tracked, momentum, update):
+def _train(ops, x, weights, norm, activation, skip, tracked, momentum, update):
     """attend_train's six results, the running statistics moved."""
     mean, var = weights[4:6]
     if norm == NORM_BATCH:
         weights = (*weights[:4], None, None, *weights[6:])
-    results = _attend_train(x, *weights, norm, activation, skip)
+    results = ops.train(x, *weights, norm, activation, skip)
     if update:
-        _update(mean, var, tracked, results[2], results[4], results[5], momentum)
+        ops.update(mean, var, tracked, results[2], results[4], results[5], momentum)
     return results
 
 
@@ -95,16 +161,17 @@ class _Attend(Function):
     """Keeps x, and beside it only what is of size N * C * (H + W) or smaller."""
 
     @staticmethod
-    def forward(ctx, x, *args):
+    def forward(ctx, ops, x, *args):
         weights = args[:11]
         with _below_autograd():
-            results = _train(x, weights, *args[11:])
+            results = _train(ops, x, weights, *args[11:])
+        ctx.ops = ops
         _keep(ctx, x, weights, args[11:14], results)
         return results[0]
 
     @staticmethod
     def backward(ctx, grad):
-        return *_attention_gradients(ctx, grad), None, None, None
+        return None, *_attention_gradients(ctx, grad, ctx.needs_input_grad[1:]), None, None, None
 
 
 # Without Function.apply's look for functorch's wrappers (5 us): plan.py sends those to the reference.
@@ -118,16 +185,20 @@ def _keep(ctx, x, weights, settings, results):
     ctx.settings = (eps, *settings)
 
 
-def _keep_registered(ctx, inputs, output):
+def _keep_registered(ctx, inputs, output, ops):
+    ctx.ops = ops
     _keep(ctx, inputs[0], inputs[1:12], inputs[12:], output)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _attention_gradients(ctx, grad, *_):
+def _registered_gradients(ctx, grad, *_):
+    return _attention_gradients(ctx, grad, ctx.needs_input_grad)
+
+
+def _attention_gradients(ctx, grad, need):
     """Gradients for attend_train's 15 inputs; its results but the first have none."""
     x, pooled, squeezed, gates, mean, var, w1, b1, gamma, beta, wh, bh, ww, bw = ctx.saved_tensors
     eps, norm, activation, skip = ctx.settings
-    need = ctx.needs_input_grad
     need = (*need[:5], *need[8:12])
     if _is_observed():
         inputs = (x, w1, b1, gamma, beta, wh, bh, ww, bw)
@@ -137,7 +208,7 @@ def _attention_gradients(ctx, grad, *_):
         for bit, needed in enumerate(need):
             needs |= needed << bit
         with _below_autograd():
-            found = _attend_backward(
+            found = ctx.ops.backward(
                 grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww,
                 norm, activation, skip, needs,
             )  # fmt: skip
@@ -191,30 +262,31 @@ def _attention_in_reference(mean, var, eps, norm, activation, skip):
 def pool(x: Tensor) -> Tensor:
     """reference.pool of x [N, C, H, W] in one read, differentiable."""
     if _is_compiling():
-        return _pool(x)
+        return operators(x).pool(x)
     if x.requires_grad and _is_grad_enabled():
         return _Pool.apply(x)
     with _below_autograd():
-        return _pool(x)
+        return operators(x).pool(x)
 
 
 def gate(x: Tensor, s_h: Tensor, s_w: Tensor, skip: bool) -> Tensor:
     """reference.gate of x, s_h [N, C, H, 1] and s_w [N, C, 1, W] in one read and one write,
     differentiable."""
     if _is_compiling():
-        return _gate(x, s_h, s_w, skip)
+        return operators(x).gate(x, s_h, s_w, skip)
     if _is_grad_enabled() and (x.requires_grad or s_h.requires_grad or s_w.requires_grad):
         return _Gate.apply(x, s_h, s_w, skip)
     with _below_autograd():
-        return _gate(x, s_h, s_w, skip)
+        return operators(x).gate(x, s_h, s_w, skip)
 
 
 class _Pool(Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
+        ctx.ops = operators(x)
         with _below_autograd():
-            return _pool(x)
+            return ctx.ops.pool(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -225,9 +297,9 @@ class _Gate(Function):
     @staticmethod
     def forward(ctx, x, s_h, s_w, skip):
         ctx.save_for_backward(x, s_h, s_w)
-        ctx.skip = skip
+        ctx.skip, ctx.ops = skip, operators(x)
         with _below_autograd():
-            return _gate(x, s_h, s_w, skip)
+            return ctx.ops.gate(x, s_h, s_w, skip)
 
     @staticmethod
     def backward(ctx, grad):
@@ -239,7 +311,7 @@ def _pool_gradient(ctx, grad):
     if _is_observed():
         return _reference_gradients(reference.pool, [x], [True], grad)[0]
     with _below_autograd():
-        return _pool_backward(grad, x)
+        return ctx.ops.pool_backward(grad, x)
 
 
 def _gate_gradients(ctx, grad):
@@ -249,13 +321,18 @@ def _gate_gradients(ctx, grad):
         function = functools.partial(reference.gate, skip=ctx.skip)
         return *_reference_gradients(function, (x, s_h, s_w), need[:3], grad), None
     with _below_autograd():
-        dx, ds_h, ds_w = _gate_backward(grad, x, s_h, s_w, ctx.skip)
+        dx, ds_h, ds_w = ctx.ops.gate_backward(grad, x, s_h, s_w, ctx.skip)
     return dx if need[0] else None, ds_h if need[1] else None, ds_w if need[2] else None, None
 
 
-def _keep_for_gate_backward(ctx, inputs, output):
+def _keep_for_pool_backward(ctx, inputs, output, ops):
+    ctx.save_for_backward(inputs[0])
+    ctx.ops = ops
+
+
+def _keep_for_gate_backward(ctx, inputs, output, ops):
     ctx.save_for_backward(*inputs[:3])
-    ctx.skip = inputs[3]
+    ctx.skip, ctx.ops = inputs[3], ops
 
 
 # What the compiler must know ------------------------------------------------------------------------
@@ -323,29 +400,31 @@ def _backward_flops(
     return 2 * _convolution_flops(x_shape, w1_shape)
 
 
-def _register() -> None:
+def _register(ops: _Operators) -> None:
     fakes = {
-        _attend: _fake_attend,
-        _attend_out: _fake_attend_out,
-        _attend_train: _fake_attend_train,
-        _attend_backward: _fake_attend_backward,
-        _update: lambda *args: None,
-        _pool: _fake_pool,
-        _pool_backward: lambda grad, x: _map_like(x),
-        _gate: lambda x, *args: _map_like(x),
-        _gate_backward: _fake_gate_backward,
+        ops.attend: _fake_attend,
+        ops.attend_out: _fake_attend_out,
+        ops.train: _fake_attend_train,
+        ops.backward: _fake_attend_backward,
+        ops.update: lambda *args: None,
+        ops.pool: _fake_pool,
+        ops.pool_backward: lambda grad, x: _map_like(x),
+        ops.gate: lambda x, *args: _map_like(x),
+        ops.gate_backward: _fake_gate_backward,
     }
     for op, fake in fakes.items():
         torch.library.register_fake(op, fake)
-    torch.library.register_autograd(_attend_train, _attention_gradients, setup_context=_keep_registered)
-    torch.library.register_autograd(
-        _pool, _pool_gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
-    )
-    torch.library.register_autograd(_gate, _gate_gradients, setup_context=_keep_for_gate_backward)
-    for op in (_lib.attend, _lib.attend_out, _lib.attend_train):
+    for op, backward, keep in (
+        (ops.train, _registered_gradients, _keep_registered),
+        (ops.pool, _pool_gradient, _keep_for_pool_backward),
+        (ops.gate, _gate_gradients, _keep_for_gate_backward),
+    ):
+        torch.library.register_autograd(op, backward, setup_context=functools.partial(keep, ops=ops))
+    for op in (ops.packets.attend, ops.packets.attend_out, ops.packets.attend_train):
         register_flop_formula(op)(_convolution_flops)
-    register_flop_formula(_lib.attend_backward)(_backward_flops)
+    register_flop_formula(ops.packets.attend_backward)(_backward_flops)
 
 
-if LOADED:
-    _register()
+_register(_triton)
+if _cpu:
+    _register(_cpu)

@@ -24,7 +24,7 @@ from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from coordatt_fast import checks, library, ops
-from coordatt_fast.backends import AUTO, choice
+from coordatt_fast.backends import AUTO, NO_CUDA, choice, triton_obstacle
 from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
 from coordatt_fast.reference import ACTIVATIONS
 
@@ -64,7 +64,7 @@ class Plan:
     """How one call of a CoordAtt runs.
 
     tier: "fused", "hybrid" or "reference".
-    backend: "cpu" or "reference".
+    backend: "cpu", "triton" or "reference".
     reason: in words.
     passes: over full-size tensors, "forward" and, where a gradient is recorded, "backward".
     bytes: what these passes move for this x.
@@ -103,19 +103,26 @@ def obstacle(x) -> str | None:
             checks.map_size(x)
         if x.dtype not in _DTYPES:
             raise NotImplementedError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-        if not x.is_cpu:
-            why = f"no backend for device {x.device.type} in this version"
-        elif not ops.LOADED:
-            why = library.load().reason
-        elif choice.name == AUTO or choice.name == "cpu":
+        name = choice.name
+        if x.is_cpu and ops.LOADED and (name == AUTO or name == "cpu"):
             return None
-        elif choice.name == "reference":
-            why = "this backend was chosen"
-        else:
-            why = "not part of this version"
+        why = _backend_obstacle(name, x.device.type)
+        if why is None:
+            return None
     if choice.name not in (AUTO, "reference"):
         raise RuntimeError(f"backend {choice.name!r} was chosen but cannot run this call: {why}")
     return why
+
+
+def _backend_obstacle(name: str, kind: str) -> str | None:
+    """Why the backend of this name, or under auto every backend, cannot take a map on this kind of device."""
+    if name == "reference":
+        return "this backend was chosen"
+    if name == "cuda":
+        return NO_CUDA
+    if name == "triton" or (name == AUTO and kind != "cpu"):
+        return triton_obstacle(kind)
+    return library.load().reason if kind == "cpu" else f"it takes CPU tensors, x is on {kind}"
 
 
 def dtype_obstacle(x: Tensor, tensors: tuple, names: tuple) -> str | None:
@@ -124,18 +131,18 @@ def dtype_obstacle(x: Tensor, tensors: tuple, names: tuple) -> str | None:
     tensors are in the order of checks.MODULE_NAMES. Raises RuntimeError where plain PyTorch does: a
     convolution in another dtype than x, outside autocast.
     """
-    dtype = x.dtype
+    dtype, kind = x.dtype, x.device.type
     convolutions = {tensor.dtype for tensor in (*tensors[:2], *tensors[6:]) if tensor is not None}
     norms = {tensor.dtype for tensor in tensors[2:6] if tensor is not None}
-    if not _is_autocast_enabled("cpu"):
+    if not _is_autocast_enabled(kind):
         if convolutions != {dtype}:
             checks.parameters(x, tensors, names, autocast=False)
             return "a bias is in another dtype than its weight"
     elif dtype in (_float32, torch.float64):
         if convolutions != {dtype}:
             return f"x is {dtype} and a convolution is not, under autocast"
-    elif dtype != torch.get_autocast_dtype("cpu"):
-        return f"x is {dtype}, autocast computes in {torch.get_autocast_dtype('cpu')}"
+    elif dtype != torch.get_autocast_dtype(kind):
+        return f"x is {dtype}, autocast computes in {torch.get_autocast_dtype(kind)}"
     elif not convolutions <= {dtype, _float32}:
         return f"x is {dtype} and a convolution is in neither that nor float32"
     if len(norms) > 1 or not norms <= {dtype, ops.accumulate_dtype(dtype)}:
@@ -153,7 +160,7 @@ def functional_obstacle(x, tensors: tuple) -> str | None:
     for tensor in tensors:
         if type(tensor) not in _PLAIN_OR_NONE:
             return "a parameter is not a plain tensor"
-    if x.dtype is not _float32 or _is_autocast_enabled("cpu"):
+    if x.dtype is not _float32 or _is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         return dtype_obstacle(x, tensors, checks.FUNCTIONAL_NAMES)
     return None
 
@@ -304,7 +311,7 @@ def arguments(module: Module, x) -> tuple | Detour:
         and type(mean) is type(var)
     ):
         return Detour(HYBRID, "a parameter is not a plain tensor")
-    if x.dtype is not _float32 or _is_autocast_enabled("cpu"):
+    if x.dtype is not _float32 or _is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
         tensors = (w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
         if why := dtype_obstacle(x, tensors, checks.MODULE_NAMES):
             return Detour(HYBRID, why)
@@ -343,4 +350,4 @@ def explain(module: Module, x: Tensor) -> Plan:
     ):
         del passes["backward"]
     moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
-    return Plan(tier, "reference" if tier == REFERENCE else "cpu", reason, passes, moved)
+    return Plan(tier, REFERENCE if tier == REFERENCE else ops.operators(x).name, reason, passes, moved)

@@ -1,0 +1,99 @@
+"""Every kernel as it would be compiled for given maps, without a GPU: for ahead-of-time sweeps."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from . import launch
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+class Entry(NamedTuple):
+    """Arguments of triton.compiler.ASTSource (fn, signature, constexprs, attrs), num_warps for the options.
+
+    arguments are those of the launch, tensors on the meta device; programs is its grid.
+    """
+
+    fn: object
+    signature: dict
+    constexprs: dict
+    attrs: dict
+    num_warps: int
+    programs: int
+    arguments: dict
+
+
+def _entry(kernel, programs, arguments, constants, warps=launch.tables.WARPS) -> Entry:
+    fn = getattr(kernel, "fn", kernel) if not hasattr(kernel, "arg_names") else kernel
+    names = list(kernel.arg_names)
+    given = dict(zip(names, arguments)) | constants
+    signature, constexprs, attrs = {}, {}, {}
+    for i, name in enumerate(names):
+        value = given[name]
+        if name in constants or value is None or (type(value) is int and value == 1):
+            signature[name], constexprs[i,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attrs[i,] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif type(value) is int:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp64"  # eps and momentum
+    return Entry(fn, signature, constexprs, attrs, warps, programs, given)
+
+
+@contextlib.contextmanager
+def record(into: list[Entry]):
+    """Within the block, calls of launch's functions append what they would launch, and launch nothing."""
+    before = launch._run
+    launch._run = lambda *call: into.append(_entry(*call))
+    try:
+        yield
+    finally:
+        launch._run = before
+
+
+def entries(
+    shape, mid: int, dtype: torch.dtype, nhwc: bool = False, norm: int = 2, activation: int = 0,
+    skip: bool = False, param_dtype: torch.dtype | None = None,
+) -> list[Entry]:  # fmt: skip
+    """The launches of inference, training, backward and the hybrid tier for a map of this shape [N, C, H, W].
+
+    mid is M; norm (0, 1, 2) and activation are the operators' codes; under norm 2 inference takes
+    given statistics.
+    """
+    n, c, h, w = shape
+
+    def make(*size, dtype=param_dtype or dtype):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+    acc = launch.accumulate_dtype(dtype)
+    first = (make(mid, c, 1, 1), make(mid), *((make(mid), make(mid)) if norm else (None, None)))
+    given = (make(mid), make(mid)) if norm else (None, None)
+    last = (1e-5, make(c, mid, 1, 1), make(c), make(c, mid, 1, 1), make(c))
+    found = []
+    with record(found):
+        launch.attend(x, *first, *given, *last, activation, skip)
+        batch = given if norm == 1 else (None, None)
+        results = launch.attend_train(x, *first, *batch, *last, norm, activation, skip)
+        if norm == 2:
+            launch.update_running_stats(*given, make(dtype=torch.int64), results[2], *results[4:], 0.1)
+        weights = (first[0], *first[2:], last[0], last[1], last[3])
+        launch.attend_backward(x, x, *results[1:], *weights, norm, activation, skip, 511)
+        launch.pool(x)
+        launch.pool_backward(make(n, c, h + w, 1, dtype=acc), x)
+        s_h, s_w = make(n, c, h, 1, dtype=dtype), make(n, c, 1, w, dtype=dtype)
+        launch.gate(x, s_h, s_w, skip)
+        launch.gate_backward(x, x, s_h, s_w, skip)
+    return found
