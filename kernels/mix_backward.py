@@ -74,7 +74,7 @@ def weights_kernel(
     BC: tl.constexpr, KB: tl.constexpr, TILES: tl.constexpr, MP: tl.constexpr, NBP: tl.constexpr,
     SPLIT: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the convolutions' weights and of the expanding ones' biases: a product over KB * TILES rows
+    """Gradients of the convolutions' weights and the expanding ones' biases: a product over KB * TILES rows
     of the middle per program. With SPLIT parts [splits, C, M + 1] for finish(), else the results.
 
     The first program writes the gradients of bn's parameters and of conv1's bias.

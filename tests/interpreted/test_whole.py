@@ -1,6 +1,7 @@
 """The whole function on Triton's kernels: inference, training, every gradient, running statistics."""
 
 import pytest
+import test_registration
 import tolerances
 import torch
 from checking import agree, compare, on_triton
@@ -9,7 +10,9 @@ from paper import ACTIVATIONS, PaperCoordAtt
 from shapes import AWKWARD
 from test_forward import arguments
 from test_nonfinite import not_finite, same_kind
+from test_registration import CASES, OPS, fits, sample
 from torch import nn
+from torch.library import opcheck
 
 from coordatt_fast import CoordAtt, coord_att, explain
 from coordatt_fast.kernels import launch
@@ -269,3 +272,17 @@ def test_hybrid(layout, dtype, guarded):
         bound = 16 * torch.finfo(dtype).eps
         for name in theirs:
             assert max(tolerances.errors(ours[name], theirs[name])) < bound, name
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", ["nchw float32 batch", "nhwc bfloat16 batch skip", "nchw float64 none silu", "empty"])
+def test_opcheck(op, case, monkeypatch):
+    monkeypatch.setattr(test_registration, "ops", lambda: torch.ops.coordatt_fast_triton)
+    case = CASES[case]
+    if not fits(op, case):
+        return
+    arguments, keywords = sample(op, case)
+    opcheck(
+        getattr(torch.ops.coordatt_fast_triton, op).default, arguments, keywords,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
