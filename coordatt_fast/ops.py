@@ -32,6 +32,9 @@ _SCHEMAS = (
     f"attend_out(Tensor x, {_PARAMETERS}, int activation, bool skip, *, Tensor(a!) out) -> ()",
     f"attend_train(Tensor x, {_PARAMETERS}, int norm, int activation, bool skip) -> (Tensor out, "
     "Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)",
+    f"attend_train_update(Tensor x, {_PARAMETERS}, int norm, int activation, bool skip, "
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> "
+    "(Tensor out, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)",
     "attend_backward(Tensor grad, Tensor x, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, "
     "Tensor var, Tensor conv1_weight, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor conv_h_weight, "
     "Tensor conv_w_weight, int norm, int activation, bool skip, int needs) -> (Tensor dx, "
@@ -74,7 +77,10 @@ class _Operators:
         self.name, self.packets = name, namespace
         self.attend, self.attend_out = namespace.attend.default, namespace.attend_out.default
         self.train, self.backward = namespace.attend_train.default, namespace.attend_backward.default
-        self.update = namespace.update_running_stats.default
+        self.train_update, self.update = (
+            namespace.attend_train_update.default,
+            namespace.update_running_stats.default,
+        )
         self.pool, self.pool_backward = namespace.pool.default, namespace.pool_backward.default
         self.gate, self.gate_backward = namespace.gate.default, namespace.gate_backward.default
 
@@ -151,6 +157,8 @@ def _train(ops, x, weights, norm, activation, skip, tracked, momentum, update):
     mean, var = weights[4:6]
     if norm == NORM_BATCH:
         weights = (*weights[:4], None, None, *weights[6:])
+    if update and not _is_compiling():
+        return ops.train_update(x, *weights, norm, activation, skip, mean, var, tracked, momentum)
     results = ops.train(x, *weights, norm, activation, skip)
     if update:
         ops.update(mean, var, tracked, results[2], results[4], results[5], momentum)
@@ -406,6 +414,7 @@ def _register(ops: _Operators) -> None:
         ops.attend_out: _fake_attend_out,
         ops.train: _fake_attend_train,
         ops.backward: _fake_attend_backward,
+        ops.train_update: _fake_attend_train,
         ops.update: lambda *args: None,
         ops.pool: _fake_pool,
         ops.pool_backward: lambda grad, x: _map_like(x),

@@ -336,6 +336,19 @@ void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& ru
   update(running_var, var, rows > 1 ? rows / (rows - 1) : 1, "running_var");
 }
 
+using Trained = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Both in one call, which saves a seventh of the time of a small training forward.
+Trained attend_train_update(const Tensor& x, FORWARD_PARAMETERS, int64_t norm, int64_t activation, bool skip,
+                            const MaybeTensor& running_mean, const MaybeTensor& running_var,
+                            const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
+  CHECK(norm == 2, "running statistics move under batch statistics (norm 2) only");
+  Trained r = attend_train(x, conv1_weight, conv1_bias, bn_weight, bn_bias, bn_mean, bn_var, eps, conv_h_weight, conv_h_bias,
+                           conv_w_weight, conv_w_bias, norm, activation, skip);
+  update_running_stats(running_mean, running_var, num_batches_tracked, std::get<2>(r), std::get<4>(r), std::get<5>(r), momentum);
+  return r;
+}
+
 Tensor pool(const Tensor& x) {
   coordatt::PoolArgs args{};
   (coordatt::Call&)args = call_of(x, 0, 0, false);
@@ -462,6 +475,9 @@ STABLE_TORCH_LIBRARY(coordatt_fast, m) {
   m.def("attend_out(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip, *, Tensor(a!) out) -> ()");
   m.def("attend_train(Tensor x, " PARAMETER_SCHEMA "int norm, int activation, bool skip) -> "
         "(Tensor out, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)");
+  m.def("attend_train_update(Tensor x, " PARAMETER_SCHEMA "int norm, int activation, bool skip, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> "
+        "(Tensor out, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)");
   m.def("attend_backward(Tensor grad, Tensor x, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var, "
         "Tensor conv1_weight, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor conv_h_weight, Tensor conv_w_weight, "
         "int norm, int activation, bool skip, int needs) -> (Tensor dx, Tensor dconv1_weight, Tensor dconv1_bias, "
@@ -482,6 +498,7 @@ STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CPU, m) {
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("attend_out", TORCH_BOX(&attend_out));
   m.impl("attend_train", TORCH_BOX(&attend_train));
+  m.impl("attend_train_update", TORCH_BOX(&attend_train_update));
   m.impl("attend_backward", TORCH_BOX(&attend_backward));
   m.impl("update_running_stats", TORCH_BOX(&update_running_stats));
   m.impl("pool", TORCH_BOX(&pool));

@@ -17,7 +17,7 @@ _POINTERS = {
 
 
 class Entry(NamedTuple):
-    """Arguments of triton.compiler.ASTSource (fn, signature, constexprs, attrs), num_warps for the options.
+    """What triton.compiler.ASTSource takes (fn, signature, constexprs, attrs), and triton.compile (options).
 
     arguments are those of the launch, tensors on the meta device; programs is its grid.
     """
@@ -26,12 +26,12 @@ class Entry(NamedTuple):
     signature: dict
     constexprs: dict
     attrs: dict
-    num_warps: int
+    options: dict
     programs: int
     arguments: dict
 
 
-def _entry(kernel, programs, arguments, constants, warps=launch.tables.WARPS) -> Entry:
+def _entry(kernel, programs, arguments, constants) -> Entry:
     fn = getattr(kernel, "fn", kernel) if not hasattr(kernel, "arg_names") else kernel
     names = list(kernel.arg_names)
     given = dict(zip(names, arguments)) | constants
@@ -48,7 +48,7 @@ def _entry(kernel, programs, arguments, constants, warps=launch.tables.WARPS) ->
                 attrs[i,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp64"  # eps and momentum
-    return Entry(fn, signature, constexprs, attrs, warps, programs, given)
+    return Entry(fn, signature, constexprs, attrs, launch.OPTIONS, programs, given)
 
 
 @contextlib.contextmanager
@@ -88,7 +88,9 @@ def entries(
         batch = given if norm == 1 else (None, None)
         results = launch.attend_train(x, *first, *batch, *last, norm, activation, skip)
         if norm == 2:
-            launch.update_running_stats(*given, make(dtype=torch.int64), results[2], *results[4:], 0.1)
+            moved = (*given, make(dtype=torch.int64))
+            launch.attend_train_update(x, *first, *batch, *last, norm, activation, skip, *moved, 0.1)
+            launch.update_running_stats(*moved, results[2], *results[4:], 0.1)
         weights = (first[0], *first[2:], last[0], last[1], last[3])
         launch.attend_backward(x, x, *results[1:], *weights, norm, activation, skip, 511)
         launch.pool(x)

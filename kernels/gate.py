@@ -11,6 +11,7 @@ from .mix import (
     bias_of,
     contract,
     expand,
+    move_statistics,
     normalisation,
     sigmoid,
 )
@@ -41,13 +42,14 @@ def apply_gates(
 def gate_kernel(
     x_ptr, out_ptr, gates_ptr, z_ptr, stats_ptr, saved_mean_ptr, saved_var_ptr,
     b1_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps: tl.float64, wh_ptr, bh_ptr, ww_ptr, bw_ptr,
+    running_mean_ptr, running_var_ptr, tracked_ptr, momentum: tl.float64, mean_step, var_step,
     x_image, out_image, rows, blocks_of_rows,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
     XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr, OW: tl.constexpr, GC: tl.constexpr,
     GL: tl.constexpr,
     BC: tl.constexpr, BLOCK: tl.constexpr, LB: tl.constexpr, KC: tl.constexpr, MP: tl.constexpr,
     BLOCKS: tl.constexpr, SIZE: tl.constexpr, NBP: tl.constexpr,
-    TRAIN: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, SKIP: tl.constexpr,
+    TRAIN: tl.constexpr, UPDATE: tl.constexpr, NORM: tl.constexpr, ACT: tl.constexpr, SKIP: tl.constexpr,
     NHWC: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gates of a block of channels, into gates (small tensors), then its planes.
@@ -66,6 +68,11 @@ def gate_kernel(
         if pid == 0:
             tl.store(saved_mean_ptr + m, mean, mask=m < M)
             tl.store(saved_var_ptr + m, var, mask=m < M)
+            if UPDATE > 0:
+                move_statistics(
+                    running_mean_ptr, running_var_ptr, tracked_ptr, mean, var, rows, momentum,
+                    mean_step, var_step, M, MP, UPDATE > 1, ACC,
+                )  # fmt: skip
     else:
         mean, _, scale, shift = normalisation(mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps, M, MP, NORM, ACC)
         if TRAIN:

@@ -5,6 +5,7 @@ Results that only the backward pass reads (pooled, gates) hold C * L numbers an 
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -15,46 +16,91 @@ from . import mix, mix_backward, tables
 from . import pool as pool_pass
 
 NONE, GIVEN, BATCH = 0, 1, 2
+WIDE_FROM = 2**31  # offsets within an image from here on take 64 bits
 _ACC = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 
 
-def _run(kernel, programs: int, arguments: tuple, constants: dict, warps: int = tables.WARPS) -> None:
-    kernel[(programs,)](*arguments, **constants, num_warps=warps)
+OPTIONS = dict(num_warps=tables.WARPS, enable_fp_fusion=True)
+
+
+class Constants(dict):
+    """Constants of a kernel, and what Triton compiled with them for each kind of arguments.
+
+    Triton's own dispatch takes 20 us a launch to find what it compiled; a compiled kernel called by name takes 6.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.variants, self.compiled, self.values = {}, {}, None
+
+    def plus(self, **more) -> "Constants":
+        key = tuple(more.values())
+        if key not in self.variants:
+            self.variants[key] = Constants(self | more)
+        return self.variants[key]
+
+
+def _run(kernel, programs: int, arguments: tuple, constants: Constants) -> None:
+    kind = tuple([(a.data_ptr() & 15, a.dtype) if isinstance(a, Tensor) else a for a in arguments])
+    compiled = constants.compiled.get(kind)
+    if compiled is not None:
+        compiled[programs, 1, 1](*arguments, *constants.values)
+        return
+    compiled = kernel[programs,](*arguments, **constants, **OPTIONS)
+    if compiled is not None:  # the interpreter compiles nothing
+        if len(constants.compiled) >= 64:
+            constants.compiled.clear()
+        constants.values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        constants.compiled[kind] = compiled
 
 
 # Maps ------------------------------------------------------------------------------------------------
 
 
-def _is_nhwc(t: Tensor) -> bool:
-    """channels_last, by the strides: channels dense. A map of one channel counts as nchw."""
-    return t.shape[1] > 1 and t.stride(1) == 1
+class Layout(NamedTuple):
+    """How the kernels walk a map.
+
+    nhwc: channels dense; native: as it is, else a copy of it; steps: of channel and pixel; wide: offsets within
+    an image exceed 31 bits; strides: of a fresh map of the same layout.
+    """
+
+    nhwc: bool
+    native: bool
+    steps: tuple[int, int]
+    wide: bool
+    strides: tuple[int, int, int, int]
 
 
-def _is_native(t: Tensor, nhwc: bool) -> bool:
-    """Whether the kernels can walk it: dense planes, or dense channels of evenly spaced pixels."""
-    _, c, h, w = t.shape
-    _, sc, sh, sw = t.stride()
-    if not nhwc:
-        return (w == 1 or sw == 1) and (h == 1 or sh == w)
+@functools.lru_cache(maxsize=4096)
+def _layout_of(shape, strides, nhwc: bool | None = None) -> Layout:
+    """How the kernels walk a map of these strides; nhwc None: by the strides, one channel counting as nchw."""
+    _, c, h, w = shape
+    _, sc, sh, sw = strides
     pixel = sw if w > 1 else sh
-    return (c == 1 or sc == 1) and (w == 1 or h == 1 or sh == w * pixel)
+    nhwc = c > 1 and sc == 1 if nhwc is None else nhwc
+    if nhwc:
+        native = (c == 1 or sc == 1) and (w == 1 or h == 1 or sh == w * pixel)
+        steps, fresh = (1, pixel), (h * w * c, 1, w * c, c)
+    else:
+        native = (w == 1 or sw == 1) and (h == 1 or sh == w)
+        steps, fresh = (sc, 1), (c * h * w, h * w, w, 1)
+    wide = sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:])) >= WIDE_FROM
+    return Layout(nhwc, native, steps, wide, fresh)
 
 
-def _empty_map(x: Tensor, nhwc: bool) -> Tensor:
-    n, c, h, w = x.shape
-    strides = (h * w * c, 1, w * c, c) if nhwc else (c * h * w, h * w, w, 1)
-    return x.new_empty_strided((n, c, h, w), strides)
+def _native(t: Tensor, nhwc: bool | None = None) -> tuple[Tensor, Layout]:
+    """t, or a copy of it that the kernels can walk."""
+    layout = _layout_of(t.shape, t.stride(), nhwc)
+    if layout.native:
+        return t, layout
+    copy = t.new_empty_strided(t.shape, layout.strides).copy_(t)
+    return copy, _layout_of(copy.shape, layout.strides, layout.nhwc)
 
 
-def _native(t: Tensor, nhwc: bool) -> Tensor:
-    return t if _is_native(t, nhwc) else _empty_map(t, nhwc).copy_(t)
-
-
-def _steps(t: Tensor, nhwc: bool) -> tuple[int, int]:
-    """Channel and pixel step of a native map."""
-    if not nhwc:
-        return t.stride(1), 1
-    return 1, (t.stride(3) if t.shape[3] > 1 else t.stride(2))
+def _fresh(x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    """A new map of x's shape, dtype and layout."""
+    made = x.new_empty_strided(x.shape, layout.strides)
+    return made, _layout_of(made.shape, layout.strides, layout.nhwc)
 
 
 def _check_map(t: Tensor, x: Tensor, name: str) -> None:
@@ -65,28 +111,28 @@ def _check_map(t: Tensor, x: Tensor, name: str) -> None:
         )
 
 
-def _dense(t: Tensor | None, count: int, x: Tensor, name: str) -> Tensor | None:
+def _dense(t: Tensor | None, count: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor | None:
     """A parameter as the kernels take it: dense, on x's device, of x's dtype or float32 beside half x."""
     if t is None:
         return None
-    if t.numel() != count or t.device != x.device:
+    if t.numel() != count or t.device != device:
         where = f"{t.numel()} elements on {t.device}"
-        raise RuntimeError(f"coordatt_fast: {name} has {where}, expected {count} on {x.device}")
-    if t.dtype is not x.dtype and (t.dtype is not torch.float32 or x.dtype is torch.float64):
+        raise RuntimeError(f"coordatt_fast: {name} has {where}, expected {count} on {device}")
+    if t.dtype is not dtype and (t.dtype is not torch.float32 or dtype is torch.float64):
         raise RuntimeError(f"coordatt_fast: {name} must have x's dtype, or float32 beside half-precision x")
     return t if t.is_contiguous() else t.contiguous()
 
 
 def _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw):
-    c = x.shape[1]
+    c, dtype, device = x.shape[1], x.dtype, x.device
     if w1.dim() != 4 or m < 1:
         raise RuntimeError("coordatt_fast: conv1_weight must be [M, C, 1, 1]")
     return (
-        _dense(w1, m * c, x, "conv1_weight"), _dense(b1, m, x, "conv1_bias"),
-        _dense(gamma, m, x, "bn_weight"), _dense(beta, m, x, "bn_bias"),
-        _dense(mean, m, x, "bn_mean"), _dense(var, m, x, "bn_var"),
-        _dense(wh, m * c, x, "conv_h_weight"), _dense(bh, c, x, "conv_h_bias"),
-        _dense(ww, m * c, x, "conv_w_weight"), _dense(bw, c, x, "conv_w_bias"),
+        _dense(w1, m * c, dtype, device, "conv1_weight"), _dense(b1, m, dtype, device, "conv1_bias"),
+        _dense(gamma, m, dtype, device, "bn_weight"), _dense(beta, m, dtype, device, "bn_bias"),
+        _dense(mean, m, dtype, device, "bn_mean"), _dense(var, m, dtype, device, "bn_var"),
+        _dense(wh, m * c, dtype, device, "conv_h_weight"), _dense(bh, c, dtype, device, "conv_h_bias"),
+        _dense(ww, m * c, dtype, device, "conv_w_weight"), _dense(bw, c, dtype, device, "conv_w_bias"),
     )  # fmt: skip
 
 
@@ -98,8 +144,9 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.lru_cache(maxsize=512)
-def _constants(c, h, w, m, dtype, nhwc, x_steps, o_steps, wide, bc=0):
-    """Sizes and, per kernel, everything about a map that its code depends on."""
+def _constants_of(shape, m, dtype, device, nhwc, x_steps, o_steps, wide, bc=0):
+    """Sizes and, per kernel, everything about a map that its code depends on; one set a device."""
+    _, c, h, w = shape
     s = tables.sizes(c, h, w, m, dtype.itemsize, nhwc, bc)
     small = dict(GC=1, GL=c) if nhwc else dict(GC=h + w, GL=1)
     shape = dict(C=c, H=h, W=w)
@@ -111,9 +158,7 @@ def _constants(c, h, w, m, dtype, nhwc, x_steps, o_steps, wide, bc=0):
     tile, reduce_tile = dict(TC=s.TC, BH=s.BH, BW=s.BW), dict(TC=s.RC, BH=s.RH, BW=s.RW)
     blocks = math.ceil(c / s.BC)
     row = dict(M=m, BLOCKS=blocks, LB=s.RB, MP=s.MP, ACC=_ACC[dtype])
-    return {
-        "sizes": s,
-        "blocks": blocks,
+    parts = {
         "pool": shape | x | small | tile | product | common | dict(M=m, BC=s.BC),
         "means": shape | x | tile | product | common | dict(M=1, BC=s.BC, GC=1, GL=c),
         "gate": shape | x | o | small | product | walk | common | dict(M=m, NBP=s.NBP),
@@ -125,14 +170,13 @@ def _constants(c, h, w, m, dtype, nhwc, x_steps, o_steps, wide, bc=0):
         "rows": row,
         "weights": shape | small | dict(M=m, BC=s.WC, KB=s.KB, MP=s.MP, NBP=s.NBP, ACC=_ACC[dtype]),
     }
+    return s, blocks, {name: Constants(constants) for name, constants in parts.items()}
 
 
-def _is_wide(*maps: Tensor) -> bool:
-    """Whether an offset within an image can exceed 31 bits."""
-    limit = 2**31
-    return any(
-        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) >= limit for t in maps
-    )
+def _constants(x: Tensor, m: int, layout: Layout, other: Layout):
+    """For x as it is walked (layout) beside the other map of a kernel: an output or the gradient."""
+    wide = layout.wide or other.wide
+    return _constants_of(x.shape, m, x.dtype, x.device, layout.nhwc, layout.steps, other.steps, wide)
 
 
 def _on(x: Tensor):
@@ -157,18 +201,16 @@ _STAY = _Stay()
 
 
 def attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip):
-    out = _empty_map(x, _is_nhwc(x))
-    _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, out)
-    return out
+    return _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, None)
 
 
 def attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, *, out):
     _check_map(out, x, "out")
-    nhwc = _is_nhwc(x)
     # An out that the kernels cannot walk, or that lies crossways to x, gets a copy.
-    writable = _is_native(out, nhwc) and all(n <= 1 or s > 0 for n, s in zip(out.shape, out.stride()))
-    made = out if writable else _empty_map(x, nhwc)
-    _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, made)
+    crossways = _layout_of(out.shape, out.stride(), _layout_of(x.shape, x.stride()).nhwc)
+    writable = crossways.native and all(n <= 1 or s > 0 for n, s in zip(out.shape, out.stride()))
+    to = out if writable else None
+    made = _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, to)
     if not writable:
         out.copy_(made)
 
@@ -176,88 +218,114 @@ def attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activatio
 def _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, out):
     if (mean is None) != (var is None):
         raise RuntimeError("coordatt_fast: bn_mean and bn_var go together")
+    n, c, h, w = x.shape
+    m, rows = w1.shape[0], n * (h + w)
+    parameters = _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
+    w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = parameters
+    xn, layout = _native(x)
+    out, out_layout = _fresh(x, layout) if out is None else _native(out, layout.nhwc)
+    if x.numel() == 0:
+        return out
+    _, blocks, k = _constants(x, m, layout, out_layout)
+    acc = accumulate_dtype(x.dtype)
+    small = x.new_empty(rows * c, dtype=acc)  # the means, then the gates
+    partial = x.new_empty(rows * blocks * m, dtype=acc)
     norm = NONE if mean is None else GIVEN
-    _forward(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, out, None)
+    constants = k["gate"].plus(
+        BLOCKS=blocks, SIZE=1, TRAIN=False, UPDATE=False, NORM=norm, ACT=activation, SKIP=skip
+    )
+    with _on(x):
+        _run(pool_pass.pool_kernel, n * blocks, (xn, small, w1, partial, xn.stride(0)), k["pool"])
+        arguments = (
+            xn, out, small, partial, None, None, None, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw,
+            None, None, None, 0.0, 0, 0, xn.stride(0), out.stride(0), rows, 1,
+        )  # fmt: skip
+        _run(gate_pass.gate_kernel, n * blocks, arguments, constants)
+    return out
 
 
 def attend_train(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip):
-    n, c, h, w = x.shape
-    m, rows, acc = w1.shape[0], n * (h + w), accumulate_dtype(x.dtype)
-    saved = [x.new_empty(size, dtype=acc) for size in ((rows, c), (rows, m), (rows, c), (m,), (m,))]
-    out = _empty_map(x, _is_nhwc(x))
+    return attend_train_update(
+        x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, None, None, None, None
+    )
+
+
+def attend_train_update(
+    x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip,
+    running_mean, running_var, num_batches_tracked, momentum,
+):  # fmt: skip
     if norm == GIVEN and (mean is None or var is None):
         raise RuntimeError("coordatt_fast: norm 1 needs bn_mean and bn_var")
-    if x.numel() == 0:
-        given = norm == GIVEN
-        saved[3].copy_(mean) if given else saved[3].zero_()
-        saved[4].copy_(var) if given else saved[4].fill_(1)
-    _forward(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, out, saved)
-    return out, *saved
-
-
-def _forward(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip, out, saved):
-    n, c, h, w = x.shape
-    m = w1.shape[0]
     if norm != GIVEN:
         mean = var = None
-    w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = _parameters(
-        x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw
-    )
+    n, c, h, w = x.shape
+    m, rows, acc = w1.shape[0], n * (h + w), accumulate_dtype(x.dtype)
+    parameters = _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
+    w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = parameters
+    means, squeezed, gates = (x.new_empty(size, dtype=acc) for size in ((rows, c), (rows, m), (rows, c)))
+    saved_mean, saved_var = x.new_empty(m, dtype=acc), x.new_empty(m, dtype=acc)
+    running = (running_mean, running_var, num_batches_tracked)
+    update = any(t is not None for t in running)
+    xn, layout = _native(x)
+    out, out_layout = _fresh(x, layout)
+    if update and norm != BATCH:
+        raise RuntimeError("coordatt_fast: running statistics move under batch statistics (norm 2) only")
     if x.numel() == 0:
-        return
-    nhwc = _is_nhwc(x)
-    xn = _native(x, nhwc)
-    wide = _is_wide(xn, out)
-    k = _constants(c, h, w, m, x.dtype, nhwc, _steps(xn, nhwc), _steps(out, nhwc), wide)
-    blocks, rows = k["blocks"], n * (h + w)
-    acc = accumulate_dtype(x.dtype)
-    partial = x.new_empty(rows * blocks * m, dtype=acc)
-    x_image, out_image = xn.stride(0), out.stride(0)
+        saved_mean.copy_(mean) if norm == GIVEN else saved_mean.zero_()
+        saved_var.copy_(var) if norm == GIVEN else saved_var.fill_(1)
+        if update:
+            update_running_stats(*running, squeezed, saved_mean, saved_var, momentum)
+        return out, means, squeezed, gates, saved_mean, saved_var
+    s, blocks, k = _constants(x, m, layout, out_layout)
+    tiles, row_blocks = tables.row_blocks(rows, s.RB, s.NBP)
+    partial, stats = x.new_empty(rows * blocks * m, dtype=acc), x.new_empty(row_blocks * 2 * m, dtype=acc)
+    cumulative, momentum, *steps = _check_running(*running, saved_mean, momentum)
+    constants = k["gate"].plus(
+        BLOCKS=1, SIZE=tiles * s.RB, TRAIN=True, UPDATE=1 + cumulative if update else 0, NORM=norm,
+        ACT=activation, SKIP=skip,
+    )  # fmt: skip
     with _on(x):
-        if saved is None:
-            small = x.new_empty(rows * c, dtype=acc)  # the means, then the gates
-            _run(pool_pass.pool_kernel, n * blocks, (xn, small, w1, partial, x_image), k["pool"])
-            constants = k["gate"] | dict(
-                BLOCKS=blocks, SIZE=1, TRAIN=False, NORM=norm, ACT=activation, SKIP=skip
-            )
-            arguments = (xn, out, small, partial, None, None, None, b1, gamma, beta, mean, var, eps)
-            arguments += (wh, bh, ww, bw, x_image, out_image, rows, 1)
-        else:
-            means, squeezed, gates, saved_mean, saved_var = saved
-            _run(pool_pass.pool_kernel, n * blocks, (xn, means, w1, partial, x_image), k["pool"])
-            s = k["sizes"]
-            tiles, row_blocks = tables.row_blocks(rows, s.RB, s.NBP)
-            stats = x.new_empty(row_blocks * 2 * m, dtype=acc)
-            constants = k["rows"] | dict(TILES=tiles, NORM=norm)
-            _run(mix.stats_kernel, row_blocks, (partial, b1, squeezed, stats, rows), constants)
-            constants = k["gate"] | dict(
-                BLOCKS=1, SIZE=tiles * s.RB, TRAIN=True, NORM=norm, ACT=activation, SKIP=skip
-            )
-            arguments = (xn, out, gates, squeezed, stats, saved_mean, saved_var)
-            arguments += (b1, gamma, beta, mean, var, eps, wh, bh, ww, bw)
-            arguments += (x_image, out_image, rows, row_blocks)
+        _run(pool_pass.pool_kernel, n * blocks, (xn, means, w1, partial, xn.stride(0)), k["pool"])
+        arguments = (partial, b1, squeezed, stats, rows)
+        _run(mix.stats_kernel, row_blocks, arguments, k["rows"].plus(TILES=tiles, NORM=norm))
+        arguments = (
+            xn, out, gates, squeezed, stats, saved_mean, saved_var, b1, gamma, beta, mean, var, eps,
+            wh, bh, ww, bw, *running, momentum, *steps, xn.stride(0), out.stride(0), rows, row_blocks,
+        )  # fmt: skip
         _run(gate_pass.gate_kernel, n * blocks, arguments, constants)
+    return out, means, squeezed, gates, saved_mean, saved_var
 
 
-def update_running_stats(running_mean, running_var, num_batches_tracked, squeezed, mean, var, momentum):
-    rows, m = squeezed.shape[0], mean.numel()
+def _check_running(running_mean, running_var, num_batches_tracked, mean, momentum):
+    """Whether they move by 1 / batches seen; else the momentum; steps between the elements of both."""
     if num_batches_tracked is not None:
         if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.device != mean.device:
             raise RuntimeError("coordatt_fast: num_batches_tracked must be int64 on x's device")
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        if t is not None and (t.dim() != 1 or t.numel() != m or t.device != mean.device):
+        if t is None:
+            continue
+        if t.dim() != 1 or t.numel() != mean.numel() or t.device != mean.device:
             raise RuntimeError(f"coordatt_fast: {name} must be [M] on x's device")
-        if t is not None and (t.dtype == torch.float64) != (mean.dtype == torch.float64):
+        if (t.dtype == torch.float64) != (mean.dtype == torch.float64):
             raise RuntimeError(
                 f"coordatt_fast: {name} must have x's dtype, or float32 beside half-precision x"
             )
-    cumulative = momentum is None and num_batches_tracked is not None
     steps = [0 if t is None else t.stride(0) for t in (running_mean, running_var)]
-    constants = dict(M=m, MP=tables.power(m), CUMULATIVE=cumulative, ACC=_ACC[mean.dtype])
-    momentum = float(momentum or 0)
-    arguments = (running_mean, running_var, num_batches_tracked, mean, var, rows, momentum, *steps)
+    return momentum is None and num_batches_tracked is not None, float(momentum or 0), *steps
+
+
+def update_running_stats(running_mean, running_var, num_batches_tracked, squeezed, mean, var, momentum):
+    rows, m = squeezed.shape[0], mean.numel()
+    running = (running_mean, running_var, num_batches_tracked)
+    cumulative, momentum, *steps = _check_running(*running, mean, momentum)
+    constants = _update_constants(m, cumulative, mean.dtype, mean.device)
     with _on(mean):
-        _run(mix.update_kernel, 1, arguments, constants)
+        _run(mix.update_kernel, 1, (*running, mean, var, rows, momentum, *steps), constants)
+
+
+@functools.lru_cache(maxsize=512)
+def _update_constants(m, cumulative, dtype, device):
+    return Constants(M=m, MP=tables.power(m), CUMULATIVE=cumulative, ACC=_ACC[dtype])
 
 
 # Backward --------------------------------------------------------------------------------------------
@@ -275,11 +343,12 @@ def attend_backward(
     ):  # fmt: skip
         if t.dtype != acc or t.numel() != count or t.device != x.device or not t.is_contiguous():
             raise RuntimeError(f"coordatt_fast: {name} is not what the forward pass saved")
-    nhwc = _is_nhwc(x)
+    xn, layout = _native(x)
+    g, g_layout = _native(grad, layout.nhwc)
     bn = w1 if gamma is None else gamma
     first, last = (m, c, 1, 1), (c, m, 1, 1)
     like = ((w1, first), (w1, m), (bn, m), (bn, m), (wh, last), (wh, c), (ww, last), (ww, c))
-    dx = _empty_map(x, nhwc) if needs & 1 else x.new_empty(0)
+    dx = _fresh(x, layout)[0] if needs & 1 else x.new_empty(0)
     found = [
         t.new_empty(size if needs >> bit & 1 else 0) for bit, (t, size) in enumerate(like, start=1)
     ]
@@ -288,10 +357,7 @@ def attend_backward(
     w1, _, gamma, beta, _, _, wh, _, ww, _ = _parameters(
         x, m, w1, None, gamma, beta, None, None, wh, None, ww, None
     )
-    xn, g = _native(x, nhwc), _native(grad, nhwc)
-    wide = _is_wide(xn, g)
-    k = _constants(c, h, w, m, x.dtype, nhwc, _steps(xn, nhwc), _steps(g, nhwc), wide)
-    s, blocks = k["sizes"], k["blocks"]
+    s, blocks, k = _constants(x, m, layout, g_layout)
     planes = n * blocks
     tiles, row_blocks = tables.row_blocks(rows, s.RB, s.NBP)
     ds, partial, du, sums = (
@@ -304,7 +370,7 @@ def attend_backward(
         _run(gate_pass.reduce_kernel, planes, arguments, k["reduce"])
 
         arguments = (partial, squeezed, du, sums, *statistics, beta, eps, rows)
-        constants = k["rows"] | dict(TILES=tiles, NORM=norm, ACT=activation)
+        constants = k["rows"].plus(TILES=tiles, NORM=norm, ACT=activation)
         _run(mix_backward.mix_backward_kernel, row_blocks, arguments, constants)
 
         parts, splits, most = None, (0, 0, 0), 0
@@ -321,13 +387,14 @@ def attend_backward(
             arguments = (ds, pooled, du, squeezed, sums, *statistics, beta, eps)
             arguments += (parts, dwh, dbh, dww, dbw, dw1, db1, dgamma, dbeta)
             arguments += (n, rows, row_blocks, *splits)
-            constants = k["weights"] | dict(TILES=kb_tiles, SPLIT=most > 0, NORM=norm, ACT=activation)
+            constants = k["weights"].plus(TILES=kb_tiles, SPLIT=most > 0, NORM=norm, ACT=activation)
             programs = max(1, sum(splits)) * math.ceil(c / s.WC)
             _run(mix_backward.weights_kernel, programs, arguments, constants)
 
         if needs & 1 or most:
             # ds has been used up: its memory takes dp.
-            constants = k["spread"] | _steps_of_dx(dx, nhwc, needs) | dict(SPLITS=most, NORM=norm, SKIP=skip)
+            steps = _layout_of(dx.shape, dx.stride(), layout.nhwc).steps if needs & 1 else (1, 1)
+            constants = k["spread"].plus(DXC=steps[0], DXW=steps[1], SPLITS=most, NORM=norm, SKIP=skip)
             planes = planes if needs & 1 else 0
             sums_of_parts = 3 * math.ceil(c * (m + 1) / constants["FB"]) if most else 0
             arguments = (g, dx if needs & 1 else None, gates, ds, du, squeezed, sums, *statistics, w1, eps)
@@ -337,11 +404,6 @@ def attend_backward(
     return dx, *found
 
 
-def _steps_of_dx(dx, nhwc, needs):
-    steps = _steps(dx, nhwc) if needs & 1 else (1, 1)
-    return dict(DXC=steps[0], DXW=steps[1])
-
-
 # Pool and gate, for the hybrid tier ------------------------------------------------------------------
 
 
@@ -349,18 +411,15 @@ def pool(x):
     n, c, h, w = x.shape
     length = h + w
     size, strides = (n, c, length, 1), (length * c, 1, c, c)
-    nhwc = _is_nhwc(x)
-    xn = _native(x, nhwc)
-    steps = _steps(xn, nhwc)
-    k = _constants(c, h, w, 1, x.dtype, nhwc, steps, steps, _is_wide(xn))
+    xn, layout = _native(x)
+    s, blocks, k = _constants(x, 1, layout, layout)
     # Columns wider than a tile are added up in memory, so not in a half type.
-    at_once = k["sizes"].BW >= w
-    means = x.new_empty_strided(size, strides, dtype=x.dtype if at_once else accumulate_dtype(x.dtype))
+    dtype = x.dtype if s.BW >= w else accumulate_dtype(x.dtype)
+    means = x.new_empty_strided(size, strides, dtype=dtype)
     if x.numel():
         with _on(x):
-            arguments = (xn, means, None, None, xn.stride(0))
-            _run(pool_pass.pool_kernel, n * k["blocks"], arguments, k["means"])
-    return means if means.dtype == x.dtype else _as(means, x.dtype, size, strides)
+            _run(pool_pass.pool_kernel, n * blocks, (xn, means, None, None, xn.stride(0)), k["means"])
+    return means if dtype is x.dtype else _as(means, x.dtype, size, strides)
 
 
 def _as(t, dtype, size, strides):
@@ -372,14 +431,12 @@ def pool_backward(grad, x):
     n, c, h, w = x.shape
     if tuple(grad.shape) != (n, c, h + w, 1):
         raise RuntimeError("coordatt_fast: grad must be [N, C, H + W, 1]")
-    nhwc = _is_nhwc(x)
-    dx = _empty_map(x, nhwc)
+    dx, layout = _fresh(x, _layout_of(x.shape, x.stride()))
     if x.numel():
-        steps = _steps(dx, nhwc)
-        k = _constants(c, h, w, 1, x.dtype, nhwc, steps, steps, _is_wide(dx))
+        _, blocks, k = _constants(x, 1, layout, layout)
         with _on(x):
             arguments = (grad, dx, *grad.stride()[:3], dx.stride(0))
-            _run(pool_pass.pool_backward_kernel, n * k["blocks"], arguments, k["means_backward"])
+            _run(pool_pass.pool_backward_kernel, n * blocks, arguments, k["means_backward"])
     return dx
 
 
@@ -398,15 +455,14 @@ def _logits(x, s_h, s_w):
 def gate(x, s_h, s_w, skip):
     n, c, h, w = x.shape
     strides = _logits(x, s_h, s_w)
-    nhwc = _is_nhwc(x)
-    out = _empty_map(x, nhwc)
+    xn, layout = _native(x)
+    out, out_layout = _fresh(x, layout)
     if x.numel():
-        xn = _native(x, nhwc)
-        k = _constants(c, h, w, 1, x.dtype, nhwc, _steps(xn, nhwc), _steps(out, nhwc), _is_wide(xn, out))
+        _, blocks, k = _constants(x, 1, layout, out_layout)
         gates = x.new_empty(n * (h + w) * c, dtype=accumulate_dtype(x.dtype))
         with _on(x):
             arguments = (xn, out, gates, s_h, s_w, xn.stride(0), out.stride(0), *strides)
-            _run(gate_pass.gate_logits_kernel, n * k["blocks"], arguments, k["logits"] | dict(SKIP=skip))
+            _run(gate_pass.gate_logits_kernel, n * blocks, arguments, k["logits"].plus(SKIP=skip))
     return out
 
 
@@ -414,19 +470,19 @@ def gate_backward(grad, x, s_h, s_w, skip):
     n, c, h, w = x.shape
     _check_map(grad, x, "grad")
     strides = _logits(x, s_h, s_w)
-    nhwc = _is_nhwc(x)
-    dx = _empty_map(x, nhwc)
+    xn, layout = _native(x)
+    g, g_layout = _native(grad, layout.nhwc)
+    dx, dx_layout = _fresh(x, layout)
     length, acc = h + w, accumulate_dtype(x.dtype)
     ds = x.new_empty((n, length, c), dtype=acc)
     if x.numel():
-        xn, g = _native(x, nhwc), _native(grad, nhwc)
-        k = _constants(c, h, w, 1, x.dtype, nhwc, _steps(xn, nhwc), _steps(g, nhwc), _is_wide(xn, g, dx))
+        _, blocks, k = _constants(x, 1, layout, g_layout)
         gates = x.new_empty(n * length * c, dtype=acc)
-        steps = _steps(dx, nhwc)
-        constants = k["logits_backward"] | dict(SKIP=skip, OC=steps[0], OW=steps[1])
+        steps = dx_layout.steps
+        constants = k["logits_backward"].plus(SKIP=skip, OC=steps[0], OW=steps[1])
         with _on(x):
             arguments = (g, xn, dx, gates, ds, s_h, s_w, g.stride(0), xn.stride(0), dx.stride(0), *strides)
-            _run(gate_pass.gate_backward_kernel, n * k["blocks"], arguments, constants)
+            _run(gate_pass.gate_backward_kernel, n * blocks, arguments, constants)
     ds_h = _as(ds[:, :h].mT.unsqueeze(3), s_h.dtype, (n, c, h, 1), (h * c, 1, c, c))
     ds_w = _as(ds[:, h:].mT.unsqueeze(2), s_w.dtype, (n, c, 1, w), (w * c, 1, w * c, c))
     return dx, ds_h, ds_w

@@ -144,7 +144,8 @@ def add_partials(
     m = tl.arange(0, MP)
     mask = on[:, None] & (m < M)[None, :]
     total = tl.zeros([LB, MP], ACC)
-    for k in range(BLOCKS):
+    # Unrolled, so that the loads are under way together: one after the other each would wait for the L2.
+    for k in tl.range(0, BLOCKS, loop_unroll_factor=8):
         at = (line * (BLOCKS * M))[:, None] + (k * M + m)[None, :]
         total += tl.load(partial_ptr + at, mask=mask, other=0.0)
     return total
@@ -227,12 +228,13 @@ def batch_statistics(
 
 
 @triton.jit
-def update_kernel(
-    running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, var_ptr, rows, momentum: tl.float64,
-    mean_step, var_step, M: tl.constexpr, MP: tl.constexpr, CUMULATIVE: tl.constexpr, ACC: tl.constexpr,
+def move_statistics(
+    running_mean_ptr, running_var_ptr, tracked_ptr, mean, var, rows, momentum, mean_step, var_step,
+    M: tl.constexpr, MP: tl.constexpr, CUMULATIVE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Running statistics moved towards the batch's; CUMULATIVE: by 1 / batches seen, with this one."""
-    m = tl.program_id(0) * MP + tl.arange(0, MP)
+    """Running statistics moved towards the batch's mean and var [MP]; CUMULATIVE: by 1 / batches seen, this one
+    too."""
+    m = tl.arange(0, MP)
     factor = tl.full([MP], momentum, ACC)
     if tracked_ptr is not None:
         seen = tl.load(tracked_ptr) + 1
@@ -245,11 +247,23 @@ def update_kernel(
     if running_mean_ptr is not None:
         at = running_mean_ptr + m.to(tl.int64) * mean_step
         old = tl.load(at, mask=m < M, other=0.0).to(ACC)
-        new = tl.load(mean_ptr + m, mask=m < M, other=0.0)
-        tl.store(at, (1.0 - factor) * old + factor * new, mask=live)
+        tl.store(at, (1.0 - factor) * old + factor * mean, mask=live)
     if running_var_ptr is not None:
         at = running_var_ptr + m.to(tl.int64) * var_step
         old = tl.load(at, mask=m < M, other=0.0).to(ACC)
-        new = tl.load(var_ptr + m, mask=m < M, other=0.0)
         unbiased = tl.where(count > 1.0, count / (count - 1.0), 1.0)
-        tl.store(at, (1.0 - factor) * old + factor * unbiased * new, mask=live)
+        tl.store(at, (1.0 - factor) * old + factor * unbiased * var, mask=live)
+
+
+@triton.jit
+def update_kernel(
+    running_mean_ptr, running_var_ptr, tracked_ptr, mean_ptr, var_ptr, rows, momentum: tl.float64,
+    mean_step, var_step, M: tl.constexpr, MP: tl.constexpr, CUMULATIVE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    m = tl.arange(0, MP)
+    mean = tl.load(mean_ptr + m, mask=m < M, other=0.0)
+    var = tl.load(var_ptr + m, mask=m < M, other=0.0)
+    move_statistics(
+        running_mean_ptr, running_var_ptr, tracked_ptr, mean, var, rows, momentum, mean_step, var_step,
+        M, MP, CUMULATIVE, ACC,
+    )  # fmt: skip

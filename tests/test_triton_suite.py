@@ -83,7 +83,7 @@ def test_named_where_it_cannot_run():
 def test_schemas_are_the_compiled_ones():
     if not backends()["cpu"].available:
         pytest.skip("the compiled library is not available")
-    for name in ("attend", "attend_out", "attend_train", "attend_backward", "update_running_stats", "pool",
+    for name in ("attend", "attend_out", "attend_train", "attend_train_update", "attend_backward", "update_running_stats", "pool",
                  "pool_backward", "gate", "gate_backward"):  # fmt: skip
         compiled, ours = (
             str(getattr(namespace, name).default._schema).partition("::")[2]

@@ -79,7 +79,7 @@ def compile_all(target: str, of: Map, folder: Path) -> list[Code]:
         source = ASTSource(
             fn=entry.fn, signature=entry.signature, constexprs=entry.constexprs, attrs=entry.attrs
         )
-        compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": entry.num_warps})
+        compiled = triton.compile(source, target=TARGETS[target], options=entry.options)
         name = entry.fn.__name__
         found.append(read_amd(name, compiled) if target == "gfx942" else read_nvidia(name, compiled, folder))
     return found
