@@ -232,7 +232,7 @@ def move_statistics(
     running_mean_ptr, running_var_ptr, tracked_ptr, mean, var, rows, momentum, mean_step, var_step,
     M: tl.constexpr, MP: tl.constexpr, CUMULATIVE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Running statistics moved towards the batch's mean and var [MP]; CUMULATIVE: by 1 / batches seen with it."""
+    """Moves running statistics towards the batch's mean and var [MP]; CUMULATIVE: by 1 / batches seen."""
     m = tl.arange(0, MP)
     factor = tl.full([MP], momentum, ACC)
     if tracked_ptr is not None:
