@@ -10,8 +10,8 @@ import math
 from typing import NamedTuple
 
 PART_SHARE = 0.25
-TILE = 4096  # elements of a map that a program holds at a time: 32 a thread
-WARPS = 4
+TILE = 4096  # elements of a map that a program holds at a time: 16 a thread, 4 of float64
+WARPS = 8
 
 
 class Sizes(NamedTuple):
@@ -71,12 +71,12 @@ def sizes(c: int, h: int, w: int, m: int, itemsize: int, nhwc: bool, bc: int = 0
     bc: another block of channels than the table's.
     """
     bc = bc or _channels(c, h, w, m, itemsize, nhwc)
-    elements = TILE if itemsize < 8 else TILE // 2
+    elements = TILE if itemsize < 8 else TILE // 4
     mp = max(16, power(m))
     whole = math.gcd(16, math.gcd(c, bc) * h * w)
     return Sizes(
         bc, *_tile(bc, h, w, nhwc, elements), *_tile(bc, h, w, nhwc, elements // 2),
-        BLOCK=max(512, bc, min(2048, power(bc * h * w))),
+        BLOCK=max(512, bc, min(2048 if itemsize < 8 else 1024, power(bc * h * w))),
         LB=32 if mp <= 16 and itemsize < 8 and min(h, w) > 16 else 16,
         KC=max(16, min(bc, 32 if mp <= 32 and itemsize < 8 else 16)),
         MP=mp,

@@ -25,15 +25,15 @@ SHAPES = [
 FEW = [((32, 96, 56, 56), 8), ((1, 960, 7, 7), 30)]
 HALF = ("float32", "bfloat16")
 
-SWEEP = [("sm_90", Map(*shape, dtype, False)) for shape in SHAPES for dtype in HALF]
-SWEEP += [("sm_90", Map(*shape, dtype, True)) for shape in (*FEW, SHAPES[-2]) for dtype in HALF]
-SWEEP += [("sm_90", Map(*FEW[0], dtype, nhwc)) for dtype in ("float16", "float64") for nhwc in (False, True)]
+SWEEP = [("sm_90", Map(*shape, "float32", False)) for shape in SHAPES]
+SWEEP += [("sm_90", Map(*shape, "bfloat16", False)) for shape in SHAPES[2::2]]
+SWEEP += [("sm_90", Map(*shape, dtype, True)) for shape, dtype in zip((*FEW, SHAPES[-2]), HALF + HALF)]
+SWEEP += [("sm_90", Map(*FEW[0], dtype, False)) for dtype in ("float16", "float64")]
 SWEEP += [
     (target, Map(*shape, dtype, dtype == "bfloat16"))
     for target in TARGETS
     if target != "sm_90"
-    for shape in FEW
-    for dtype in HALF
+    for shape, dtype in zip(FEW, HALF)
 ]
 
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB a block may have
