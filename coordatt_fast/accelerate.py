@@ -1,6 +1,7 @@
 """accelerate(model): every module that computes Coordinate Attention, whatever its class, runs fused."""
 
 import functools
+import inspect
 import logging
 import warnings
 from dataclasses import dataclass, field
@@ -25,10 +26,7 @@ class Accelerated(nn.Module):
     dicts and every reference to it remain valid. Made by accelerate only.
     """
 
-    def forward(self, *args, **kwargs):
-        if len(args) != 1 or kwargs:
-            return super().forward(*args, **kwargs)
-        (x,) = args
+    def forward(self, x):
         wiring = self.__dict__[_ATTRIBUTE]
         found = wiring.arguments(self, x)
         if type(found) is tuple:
@@ -49,9 +47,19 @@ class Accelerated(nn.Module):
         return Scriptable(wiring.children(self), wiring.skip, self.training)
 
 
+def _forward_of_any(self, *args, **kwargs):
+    """For classes whose forward has optional inputs or another name for x."""
+    if len(args) == 1 and not kwargs:
+        return Accelerated.forward(self, args[0])
+    return type(self).__mro__[2].forward(self, *args, **kwargs)
+
+
 @functools.cache
 def _subclass(cls: type) -> type:
     namespace = {"__module__": __name__, "__doc__": Accelerated.__doc__}
+    # A plain signature where there is one: torch.fx and exporters take their inputs' names from it.
+    if list(inspect.signature(cls.forward).parameters)[1:] != ["x"]:
+        namespace["forward"] = _forward_of_any
     return type(cls)(f"Accelerated{cls.__name__}", (Accelerated, cls), namespace)
 
 
@@ -90,7 +98,8 @@ class Report:
     skipped: list[Skipped] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} modules accelerated, {len(self.skipped)} left alone"]
+        count = len(self.replaced)
+        lines = [f"{count} module{'s' * (count != 1)} accelerated, {len(self.skipped)} left alone"]
         for path, cls, tier, differs in self.replaced:
             lines.append(f"  {path or '(the model)'}  {cls}: {tier}{', ' if differs else ''}{differs}")
         for path, cls, reason in self.skipped:
