@@ -139,8 +139,9 @@ def _check_class(module: nn.Module) -> None:
 # The twin ------------------------------------------------------------------------------------------
 
 
-def _twin(module: nn.Module, generator: torch.Generator, memo: dict) -> nn.Module:
-    """A module of the same classes and settings with random float64 tensors and no hooks."""
+def _twin(module: nn.Module, generator: torch.Generator | None, memo: dict) -> nn.Module:
+    """A module of the same classes and settings with random float64 tensors (without a generator: a copy of
+    its tensors) and no hooks."""
     if id(module) in memo:
         return memo[id(module)]
     kind = nn.BatchNorm2d if type(module) is nn.SyncBatchNorm else type(module)
@@ -154,6 +155,8 @@ def _twin(module: nn.Module, generator: torch.Generator, memo: dict) -> nn.Modul
     norm = isinstance(module, NORMS)
 
     def draw(name, like):
+        if generator is None:
+            return like.detach().clone()
         t = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
         if name == "running_var":
             return 0.1 + t.square()
@@ -300,8 +303,10 @@ def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
     if n * c * math.prod(sizes[0]) > _LARGEST:
         raise Different(f"its pools are built for {sizes[0]}, too large to try")
 
+    template = _twin(module, torch.Generator("cpu").manual_seed(1), {})
+
     def make():
-        twin = _twin(module, torch.Generator("cpu").manual_seed(1), {})
+        twin = _twin(template, None, {})
         for name in convolutions:
             # A normalisation's weight spreads the activation's inputs; where there is none, conv1's does.
             factor = 0.4 if name != squeeze else 1.0 if norms else 5.0

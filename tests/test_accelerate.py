@@ -193,6 +193,14 @@ def test_everything_but_the_class_stays():
     assert not torch.equal(model[1].conv3.weight, before)
 
 
+def test_random_numbers_stay_where_they_were():
+    """Also where the forward that is tried draws some."""
+    module, before = lookalikes.FunctionalDropout(), torch.get_rng_state()
+    with pytest.warns(UserWarning):
+        accelerate(module)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_restore():
     model = network()
     x = torch.randn(2, 3, 6, 5).double()
