@@ -1,7 +1,8 @@
 """Coordinate Attention (Hou, Zhou, Feng, CVPR 2021, arXiv 2103.02907) in few passes over the feature map.
 
-CoordAtt is the drop-in module, coord_att the function; explain(module, x) tells how a call runs and
-why; backends() and use_backend(name) list and choose what computes it.
+CoordAtt is the drop-in module, coord_att the function; accelerate(model) makes every such block of a model
+run by this package, whatever its class, and restore(model) undoes it; explain(module, x) tells how a call
+runs and why; backends() and use_backend(name) list and choose what computes it.
 """
 
 from pathlib import Path
@@ -18,9 +19,19 @@ if (
 ):
     __path__.append(str(_root))
 
+from coordatt_fast.accelerate import Report, accelerate, restore  # noqa: E402
 from coordatt_fast.backends import backends, use_backend  # noqa: E402
 from coordatt_fast.functional import coord_att  # noqa: E402
 from coordatt_fast.module import CoordAtt  # noqa: E402
 from coordatt_fast.plan import explain  # noqa: E402
 
-__all__ = ["CoordAtt", "backends", "coord_att", "explain", "use_backend"]
+__all__ = [
+    "CoordAtt",
+    "Report",
+    "accelerate",
+    "backends",
+    "coord_att",
+    "explain",
+    "restore",
+    "use_backend",
+]

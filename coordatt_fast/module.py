@@ -59,19 +59,19 @@ class CoordAtt(nn.Module):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        arguments = plan.arguments(self, x)
+        arguments = plan.arguments(self.__dict__, x)
         if type(arguments) is tuple:
             try:
                 return ops.attention(x, *arguments)
             except RuntimeError:
-                plan.check_plain(self, x)
+                plan.check_plain(self._modules, x)
                 raise
         return self._by_children(x, fast=arguments.tier == plan.HYBRID)
 
     def _by_children(self, x: Tensor, fast: bool) -> Tensor:
         """The hybrid (fast) and reference tiers: the module's own children between pool and gate."""
-        plan.check_plain(self, x)
-        if plan.special_pools(self):
+        plan.check_plain(self._modules, x)
+        if plan.special_pools(self._modules):
             pooled = torch.cat([self.pool_h(x), self.pool_w(x).transpose(2, 3)], dim=2)
         else:
             pooled = ops.pool(x) if fast else reference.pool(x)
@@ -87,21 +87,21 @@ class CoordAtt(nn.Module):
         return ", ".join(f"{name}=True" for name in ("skip", "inplace") if getattr(self, name))
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return _Scriptable(self)
+        return Scriptable(self._modules, self.skip, self.training)
 
 
-class _Scriptable(nn.Module):
+class Scriptable(nn.Module):
     """What torch.jit.script compiles in place of a CoordAtt: the reference over the same children.
 
     Without the pools, which do not compile and have no state.
     """
 
-    def __init__(self, module: CoordAtt) -> None:
+    def __init__(self, children: dict, skip: bool, training: bool) -> None:
         super().__init__()
         for name in ("conv1", "bn1", "act", "conv_h", "conv_w"):
-            self.add_module(name, getattr(module, name))
-        self.skip = module.skip
-        self.training = module.training
+            self.add_module(name, children[name])
+        self.skip = skip
+        self.training = training
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)

@@ -28,11 +28,11 @@ from coordatt_fast.backends import AUTO, NO_CUDA, choice, triton_obstacle
 from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
 from coordatt_fast.reference import ACTIVATIONS
 
-FUSED, HYBRID, REFERENCE = "fused", "hybrid", "reference"
+FUSED, HYBRID, REFERENCE, ORIGINAL = "fused", "hybrid", "reference", "original"
 
 CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
 ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu6": ReLU6}
-_CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
+CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = frozenset((Tensor, Parameter))
@@ -63,7 +63,7 @@ class Passes(NamedTuple):
 class Plan:
     """How one call of a CoordAtt runs.
 
-    tier: "fused", "hybrid" or "reference".
+    tier: "fused", "hybrid" or "reference"; "original" where an accelerated module runs its own forward.
     backend: "cpu", "triton" or "reference".
     reason: in words.
     passes: over full-size tensors, "forward" and, where a gradient is recorded, "backward".
@@ -165,13 +165,13 @@ def functional_obstacle(x, tensors: tuple) -> str | None:
     return None
 
 
-def _pointwise(d: dict) -> bool:
+def pointwise(d: dict) -> bool:
     return (
         d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
     )
 
 
-def _observed(child: Module | None) -> bool:
+def observed(child: Module | None) -> bool:
     """Whether a call of the child does more than its class says."""
     if child is None or _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return True
@@ -181,25 +181,25 @@ def _observed(child: Module | None) -> bool:
     return bool(hooks) or "forward" in child.__dict__
 
 
-def special_pools(module: Module) -> bool:
+def special_pools(children: dict) -> bool:
     """Whether the pool children have to be called: someone listens to them, or they are not the usual
     means."""
     return any(
-        _observed(child) or type(child) is not AdaptiveAvgPool2d or child.output_size != size
+        observed(child) or type(child) is not AdaptiveAvgPool2d or child.output_size != size
         for child, size in (
-            (module._modules.get("pool_h"), (None, 1)),
-            (module._modules.get("pool_w"), (1, None)),
+            (children.get("pool_h"), (None, 1)),
+            (children.get("pool_w"), (1, None)),
         )
     )
 
 
-def check_plain(module: Module, x: Tensor) -> None:
+def check_plain(children: dict, x: Tensor) -> None:
     """Raises as checks.parameters does, where no child can have a say in shapes and dtypes."""
-    children = [module._modules.get(name) for name in CHILDREN]
-    _, _, conv1, bn1, act, conv_h, conv_w = children
-    if not is_eager(x) or any(map(_observed, children)) or type(act) not in _CODES:
+    found = [children.get(name) for name in CHILDREN]
+    _, _, conv1, bn1, act, conv_h, conv_w = found
+    if not is_eager(x) or any(map(observed, found)) or type(act) not in CODES:
         return
-    if not all(type(conv) is Conv2d and _pointwise(conv.__dict__) for conv in (conv1, conv_h, conv_w)):
+    if not all(type(conv) is Conv2d and pointwise(conv.__dict__) for conv in (conv1, conv_h, conv_w)):
         return
     bn = (None,) * 4 if type(bn1) is Identity else None
     if type(bn1) is BatchNorm2d:
@@ -229,18 +229,18 @@ def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
     return plain and kinds == {x.dtype} and s_h.shape == (n, c, h, 1) and s_w.shape == (n, c, 1, w)
 
 
-def arguments(module: Module, x) -> tuple | Detour:
+def arguments(settings: dict, x) -> tuple | Detour:
     """What ops.attention takes after x when this call is fused; else which tier it takes, and why.
 
-    Every call passes here. It reads instance dictionaries: nn.Module.__getattr__ would cost more than the
-    operator.
+    settings: a CoordAtt's instance dictionary, or what wiring.py puts in its place ("_modules" by CoordAtt's
+    names, "skip", "inplace"). Every call passes here. It reads instance dictionaries:
+    nn.Module.__getattr__ would cost more than the operator.
     """
     why = obstacle(x)
     if why is not None:
         return Detour(REFERENCE, why)
     if _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return Detour(HYBRID, "there are global module hooks")
-    settings = module.__dict__
     children = settings["_modules"]
     try:
         for name in CHILDREN:
@@ -264,7 +264,7 @@ def arguments(module: Module, x) -> tuple | Detour:
         if type(conv1) is not Conv2d or type(conv_h) is not Conv2d or type(conv_w) is not Conv2d:
             return Detour(HYBRID, "conv1, conv_h or conv_w is not a plain nn.Conv2d")
         conv1, conv_h, conv_w = conv1.__dict__, conv_h.__dict__, conv_w.__dict__
-        if not (_pointwise(conv1) and _pointwise(conv_h) and _pointwise(conv_w)):
+        if not (pointwise(conv1) and pointwise(conv_h) and pointwise(conv_w)):
             return Detour(HYBRID, "conv1, conv_h or conv_w is not a 1x1 convolution")
         if not conv1["in_channels"] == conv_h["out_channels"] == conv_w["out_channels"]:
             return Detour(HYBRID, "input and output have different numbers of channels")
@@ -293,7 +293,7 @@ def arguments(module: Module, x) -> tuple | Detour:
             eps, norm, update = 0.0, NORM_NONE, False
         else:
             return Detour(HYBRID, f"bn1 is a {type(bn1).__name__}")
-        activation = _CODES.get(type(act))
+        activation = CODES.get(type(act))
         if activation is None:
             return Detour(HYBRID, f"no kernel for the activation {type(act).__name__}")
     except KeyError as missing:
@@ -327,7 +327,7 @@ def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
     reads, writes, back_reads, back_writes = (2, 1, 5, 3) if tier == HYBRID else (4, 2, 12, 8)
     if tier == HYBRID and pools:
         reads, writes, back_reads, back_writes = 3, 1, 7, 5
-    if tier == REFERENCE and skip:
+    if tier not in (FUSED, HYBRID) and skip:
         reads, writes, back_reads, back_writes = reads + 2, writes + 1, back_reads + 2, back_writes + 1
     return {"forward": Passes(reads, writes), "backward": Passes(back_reads, back_writes)}
 
@@ -335,19 +335,26 @@ def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
 def explain(module: Module, x: Tensor) -> Plan:
     """How module(x) would run now: in this grad mode, under this autocast and use_backend. Computes nothing.
 
-    module is a CoordAtt (TypeError otherwise); raises what the call itself would raise before computing.
+    module is a CoordAtt or was accelerated (TypeError otherwise); raises what the call itself would raise
+    before computing.
     """
-    if not set(CHILDREN) <= module._modules.keys():
-        raise TypeError(f"explain takes a CoordAtt, got a {type(module).__name__}")
-    found = arguments(module, x)
+    accelerated = getattr(module, "_coordatt_fast", None)
+    if accelerated is not None:
+        skip, pools, found = accelerated.skip, False, accelerated.arguments(module, x)
+    elif set(CHILDREN) <= module._modules.keys():
+        skip, pools = module.skip, special_pools(module._modules)
+        found = arguments(module.__dict__, x)
+    else:
+        raise TypeError(f"explain takes a CoordAtt or an accelerated module, got a {type(module).__name__}")
     if type(found) is tuple:
         tier, reason = FUSED, "every child is what the fused kernels compute"
     else:
         tier, reason = found
-    passes = _passes(tier, special_pools(module), module.skip)
+    passes = _passes(tier, pools, skip)
     if not (
         torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
     ):
         del passes["backward"]
     moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
-    return Plan(tier, REFERENCE if tier == REFERENCE else ops.operators(x).name, reason, passes, moved)
+    backend = ops.operators(x).name if tier in (FUSED, HYBRID) else REFERENCE
+    return Plan(tier, backend, reason, passes, moved)

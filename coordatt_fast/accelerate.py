@@ -1,0 +1,208 @@
+"""accelerate(model): every module that computes Coordinate Attention, whatever its class, runs fused."""
+
+import functools
+import inspect
+import logging
+import warnings
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from coordatt_fast import ops, plan
+from coordatt_fast.module import CoordAtt, Scriptable
+from coordatt_fast.recognise import Different, is_suspect, recognise
+from coordatt_fast.wiring import Wiring
+
+log = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_coordatt_fast"
+
+
+class Accelerated(nn.Module):
+    """What accelerate makes of a module: a subclass of the module's own class, with this forward before it.
+
+    The object, its children, parameters, attributes and hooks stay what they are, so that optimizers, state
+    dicts and every reference to it remain valid. Made by accelerate only.
+    """
+
+    def forward(self, x):
+        wiring = self.__dict__[_ATTRIBUTE]
+        found = wiring.arguments(self, x)
+        if type(found) is tuple:
+            try:
+                return ops.attention(x, *found)
+            except RuntimeError:
+                plan.check_plain(wiring.children(self), x)
+                raise
+        if found.tier == plan.ORIGINAL:
+            return super().forward(x)
+        return wiring.by_children(self, x, fast=found.tier == plan.HYBRID)
+
+    def __reduce_ex__(self, protocol):
+        return _blank, (type(self).__mro__[2],), self.__getstate__()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        wiring = self.__dict__[_ATTRIBUTE]
+        return Scriptable(wiring.children(self), wiring.skip, self.training)
+
+
+def _forward_of_any(self, *args, **kwargs):
+    """For classes whose forward has optional inputs or another name for x."""
+    if len(args) == 1 and not kwargs:
+        return Accelerated.forward(self, args[0])
+    return type(self).__mro__[2].forward(self, *args, **kwargs)
+
+
+@functools.cache
+def _subclass(cls: type) -> type:
+    namespace = {"__module__": __name__, "__doc__": Accelerated.__doc__}
+    # A plain signature where there is one: torch.fx and exporters take their inputs' names from it.
+    if list(inspect.signature(cls.forward).parameters)[1:] != ["x"]:
+        namespace["forward"] = _forward_of_any
+    return type(cls)(f"Accelerated{cls.__name__}", (Accelerated, cls), namespace)
+
+
+def _blank(cls: type) -> nn.Module:
+    """An accelerated module of class cls without its state, for copies and pickles."""
+    return object.__new__(_subclass(cls))
+
+
+class Replaced(NamedTuple):
+    """A module that accelerate took over.
+
+    path: in the model, "" for the model itself; cls: its class's name; tier: "fused" or "hybrid", where
+    nothing else interferes with a call; differs: how it differs from CoordAtt(inp, oup), in words.
+    """
+
+    path: str
+    cls: str
+    tier: str
+    differs: str
+
+
+class Skipped(NamedTuple):
+    """A module that looks like Coordinate Attention and was left alone, and why."""
+
+    path: str
+    cls: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What accelerate did: the modules it took over, and those it left alone with reasons. str() is for
+    reading."""
+
+    replaced: list[Replaced] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        count = len(self.replaced)
+        lines = [f"{count} module{'s' * (count != 1)} accelerated, {len(self.skipped)} left alone"]
+        for path, cls, tier, differs in self.replaced:
+            lines.append(f"  {path or '(the model)'}  {cls}: {tier}{', ' if differs else ''}{differs}")
+        for path, cls, reason in self.skipped:
+            lines.append(f"  {path or '(the model)'}  {cls}: left alone, {reason}")
+        return "\n".join(lines)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Makes every module in model that computes Coordinate Attention run by this package, in place.
+
+    A module is recognised by its structure (1x1 convolutions C -> m, m -> C, m -> C, at most one
+    normalisation, no other parameters) and then has to prove itself: a twin of it with random weights must
+    give the outputs, gradients and running statistics of Coordinate Attention in eval and in training mode.
+    Names do not matter. What computes something else is left alone.
+
+    The objects stay the same and only change their class, to a subclass of their own: parameters, state
+    dict, hooks, attributes and references to them are untouched; so are random numbers. model may be a
+    wrapper (torch.compile, DataParallel, DistributedDataParallel), on any device, in any dtype, or be such a
+    module itself. restore(model) undoes it.
+
+    Returns a Report; UserWarning when there is nothing to accelerate. TypeError for a model that is no
+    nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes an nn.Module, got a {type(model).__name__}")
+    report = Report()
+    taken: set[int] = set()  # modules that run fused, or hold one that does
+    left: set[int] = set()  # look-alikes, and what holds one
+    already = False
+    # Children come after their parents in named_modules(): the innermost module that fits is the one.
+    for path, module in reversed(list(model.named_modules())):
+        name = type(module).__name__
+        if isinstance(module, (Accelerated, CoordAtt)):
+            already = True
+            kind = "a coordatt_fast.CoordAtt" if isinstance(module, CoordAtt) else "accelerated"
+            report.skipped.append(Skipped(path, name.removeprefix("Accelerated"), f"already {kind}"))
+            taken.add(id(module))
+        elif any(id(child) in taken for child in module.children()):
+            taken.add(id(module))
+        elif is_suspect(module):
+            try:
+                wiring = recognise(module)
+                cls = _subclass(type(module))
+            except (Different, TypeError) as reason:
+                if not any(id(child) in left for child in module.children()):
+                    report.skipped.append(Skipped(path, name, str(reason)))
+                left.add(id(module))
+            else:
+                object.__setattr__(module, "__class__", cls)
+                module.__dict__[_ATTRIBUTE] = wiring
+                report.replaced.append(Replaced(path, name, *_describe(module, wiring)))
+                taken.add(id(module))
+        elif any(id(child) in left for child in module.children()):
+            left.add(id(module))
+    report.replaced.reverse(), report.skipped.reverse()
+    log.info("coordatt_fast: %s", report)
+    if not report.replaced and not already:
+        warnings.warn(f"accelerate found nothing to accelerate: {report}", stacklevel=2)
+    return report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Undoes accelerate: every module in model runs its own forward again. Returns their paths.
+
+    The modules are the very objects they always were; parameters keep their present values.
+    """
+    paths = []
+    for path, module in model.named_modules():
+        if isinstance(module, Accelerated):
+            object.__setattr__(module, "__class__", type(module).__mro__[2])
+            del module.__dict__[_ATTRIBUTE]
+            paths.append(path)
+    return paths
+
+
+def _describe(module: nn.Module, wiring: Wiring) -> tuple[str, str]:
+    """The tier of an undisturbed call, and how the module differs from CoordAtt(inp, oup)."""
+    children = wiring.children(module)
+    convolutions = [children[name] for name in ("conv1", "conv_h", "conv_w")]
+    bn1, act = children["bn1"], children["act"]
+    fused = (
+        all(type(conv) is nn.Conv2d for conv in convolutions)
+        and type(bn1) in (nn.BatchNorm2d, nn.Identity)
+        and type(act) in plan.CODES
+    )
+    differs = []
+    if wiring.activation != "hard_swish":
+        name = wiring.activation or (type(act).__name__ if wiring.act else "no activation")
+        differs.append(name)
+    if wiring.bn1 is None:
+        differs.append("no normalisation")
+    elif type(bn1) is not nn.BatchNorm2d:
+        differs.append(type(bn1).__name__)
+    if all(conv.bias is None for conv in convolutions):
+        differs.append("no bias")
+    elif any(conv.bias is None for conv in convolutions):
+        differs.append("bias in some convolutions")
+    if wiring.skip:
+        differs.append("adds x")
+    if wiring.size is not None:
+        differs.append("for maps of " + " x ".join("any" if s is None else str(s) for s in wiring.size))
+    for name in ("conv1", "bn1", "conv_h", "conv_w"):
+        path = getattr(wiring, name)
+        if path is not None and path != (name,):
+            differs.append(f"{name} is {'.'.join(path)}")
+    return plan.FUSED if fused else plan.HYBRID, ", ".join(differs)

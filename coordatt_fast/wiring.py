@@ -1,0 +1,223 @@
+"""Which of a foreign module's children play which part, and how it runs by them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coordatt_fast import ops, plan, reference
+from coordatt_fast.plan import Detour
+
+Path = tuple[str, ...]
+
+# Stand in for what a foreign module does in its forward or under another name; never called.
+_POOL_H, _POOL_W = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveAvgPool2d((1, None))
+_NO_NORM = nn.Identity()
+_ACTIVATIONS = {name: cls() for name, cls in plan.ACTIVATION_MODULES.items()}
+
+
+class Watch(NamedTuple):
+    """What a submodule was when the module was examined; the finding holds while it still is that."""
+
+    path: Path
+    kind: type | None
+    attributes: tuple[tuple[str, object], ...]
+    children: Path | None
+
+    def changed(self, module: nn.Module) -> str | None:
+        path, kind, attributes, children = self
+        for name in path:
+            module = module._modules.get(name)
+            if module is None:
+                return f"{'.'.join(path)} is gone"
+        d = module.__dict__
+        if kind is not None:
+            if type(module) is not kind:
+                return f"{'.'.join(path)} is a {type(module).__name__} now"
+            if (
+                d["_forward_hooks"]
+                or d["_forward_pre_hooks"]
+                or d["_backward_hooks"]
+                or d["_backward_pre_hooks"]
+            ):
+                return f"{'.'.join(path)} has hooks"
+            if "forward" in d:
+                return f"{'.'.join(path)} has a forward of its own"
+        for name, value in attributes:
+            if d.get(name) != value:
+                return f"{'.'.join((*path, name))} has changed"
+        if children is not None and tuple(d["_modules"]) != children:
+            return f"{'.'.join(path)} has other children now"
+        return None
+
+
+class Wiring(NamedTuple):
+    """How a module computes Coordinate Attention.
+
+    conv1, bn1, act, conv_h, conv_w: paths of the leaves that play these parts; bn1 and act may be absent.
+    chain: the children that forward calls between the pools and the gates' convolutions, in order.
+    tail: the activation that forward itself applies after them, if any.
+    activation: what act, or tail, was found to be; None for one that no kernel knows.
+    act_type: act's class where it is one of the user's own.
+    size: (H, W) of x where pools are built for one size, None for each free one.
+    strict: submodules after whose change the module runs its own forward; soft: ... the hybrid tier.
+    as_published: whether the children are given tensors laid out as in CoordAtt, so that hooks see the same.
+    """
+
+    conv1: Path
+    bn1: Path | None
+    act: Path | None
+    conv_h: Path
+    conv_w: Path
+    chain: tuple[Path, ...]
+    tail: str | None
+    activation: str | None
+    act_type: type | None
+    skip: bool
+    size: tuple[int | None, int | None] | None
+    strict: tuple[Watch, ...]
+    soft: tuple[Watch, ...]
+    as_published: bool
+
+    def children(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The parts under CoordAtt's names, with stand-ins for what is no child. KeyError for one that is
+        gone."""
+        if self.act is None:
+            act = _ACTIVATIONS.get(self.activation)
+        else:
+            act = find(module, self.act)
+            if self.act_type is not None and type(act) is self.act_type:
+                act = _ACTIVATIONS.get(self.activation, act)
+        return {
+            "pool_h": _POOL_H,
+            "pool_w": _POOL_W,
+            "conv1": find(module, self.conv1),
+            "bn1": _NO_NORM if self.bn1 is None else find(module, self.bn1),
+            "act": act,
+            "conv_h": find(module, self.conv_h),
+            "conv_w": find(module, self.conv_w),
+        }
+
+    def arguments(self, module: nn.Module, x) -> tuple | Detour:
+        """As plan.arguments; also tells when the module has to run its own forward."""
+        for watch in self.strict:
+            if why := watch.changed(module):
+                return Detour(plan.ORIGINAL, why)
+        if self.size is not None:
+            if not isinstance(x, Tensor) or x.dim() != 4:
+                return Detour(plan.ORIGINAL, "x is no feature map")
+            for have, built in zip(x.shape[2:], self.size):
+                if built is not None and have != built:
+                    size = " x ".join("any" if s is None else str(s) for s in self.size)
+                    return Detour(plan.ORIGINAL, f"the pools are built for maps of {size}")
+        soft = None
+        for watch in self.soft:
+            if soft := watch.changed(module):
+                break
+        if soft is None:
+            try:
+                children = self.children(module)
+            except KeyError as missing:
+                soft = f"no child of the name {missing}"
+        if soft is None:
+            if self.activation is None and self.act is None:
+                soft = "there is no activation"
+            else:
+                found = plan.arguments({"_modules": children, "skip": self.skip, "inplace": False}, x)
+        if soft is not None:
+            found = Detour(plan.HYBRID, soft)
+            if why := plan.obstacle(x):
+                found = Detour(plan.REFERENCE, why)
+        if type(found) is not tuple and (why := self._only_original(module)):
+            return Detour(plan.ORIGINAL, why)
+        return found
+
+    def _only_original(self, module: nn.Module) -> str | None:
+        """Why the children cannot be called in place of the module's own forward."""
+        try:
+            leaves = [find(module, path) for path in (self.conv_h, self.conv_w, *self.chain)]
+        except KeyError as missing:
+            return f"no child of the name {missing}"
+        if plan.observed(nn.Identity()):
+            return "there are global module hooks"
+        if not self.as_published:
+            for leaf in leaves:
+                if any(plan.observed(part) for part in leaf.modules()):
+                    return "its children have hooks and are given tensors in another layout than CoordAtt's"
+        return None
+
+    def by_children(self, module: nn.Module, x: Tensor, fast: bool) -> Tensor:
+        """The hybrid (fast) and reference tiers, around the module's own children."""
+        y = ops.pool(x) if fast else reference.pool(x)
+        for path in self.chain:
+            y = find(module, path)(y)
+        if self.tail is not None:
+            y = reference.ACTIVATIONS[self.tail](y)
+        return self._gated(module, x, y, fast)
+
+    def by_parts(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the fused tier computes, in plain PyTorch: for the proof that it may."""
+        y = find(module, self.conv1)(reference.pool(x))
+        if self.bn1 is not None:
+            y = find(module, self.bn1)(y)
+        if self.activation is not None:
+            y = reference.ACTIVATIONS[self.activation](y)
+        elif self.act is not None:
+            y = find(module, self.act)(y)
+        return self._gated(module, x, y, fast=False)
+
+    def _gated(self, module: nn.Module, x: Tensor, y: Tensor, fast: bool) -> Tensor:
+        y_h, y_w = reference.split(y, x)
+        s_h, s_w = find(module, self.conv_h)(y_h), find(module, self.conv_w)(y_w)
+        fast = fast and plan.gate_fits(x, s_h, s_w)
+        return ops.gate(x, s_h, s_w, self.skip) if fast else reference.gate(x, s_h, s_w, self.skip)
+
+
+def find(module: nn.Module, path: Path) -> nn.Module:
+    """The submodule at path; KeyError where there is none."""
+    for name in path:
+        module = module._modules[name]
+        if module is None:
+            raise KeyError(name)
+    return module
+
+
+def blank() -> dict:
+    """The instance dictionary of a module that nothing was done to."""
+    return nn.Module().__dict__
+
+
+def watch(path: Path, module: nn.Module, *, container: bool) -> Watch:
+    """A Watch on module as it is now. ValueError for an attribute whose changes could not be seen."""
+    attributes = []
+    for name, value in module.__dict__.items():
+        if name in OWN or name == "forward":
+            continue
+        if isinstance(value, Tensor):
+            raise ValueError(f"{'.'.join((*path, name))} is a tensor outside parameters and buffers")
+        if not _is_plain(value):
+            raise ValueError(f"changes of {'.'.join((*path, name))} could not be seen")
+        attributes.append((name, _snapshot(value)))
+    kind = type(module) if path else None
+    return Watch(path, kind, tuple(attributes), tuple(module._modules) if container else None)
+
+
+OWN = frozenset(blank()) | {"_compiled_call_impl"}
+_PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
+_FUNCTIONS = (type(lambda: None), type(len))
+
+
+def _is_plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (*_PLAIN_TYPES, *_FUNCTIONS))
+
+
+def _snapshot(value):
+    if isinstance(value, dict):
+        return {key: _snapshot(entry) for key, entry in value.items()}
+    if isinstance(value, (list, set)):
+        return type(value)(map(_snapshot, value))
+    return value
