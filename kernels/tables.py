@@ -10,8 +10,8 @@ import math
 from typing import NamedTuple
 
 PART_SHARE = 0.25
-TILE = 4096  # elements of a map that a program holds at a time: 16 a thread, 4 of float64
-WARPS = 8
+TILE = 4096  # elements of a map that a program holds at a time: 32 a thread, 8 of float64
+WARPS = 4
 
 
 class Sizes(NamedTuple):

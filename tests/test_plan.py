@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from coordatt_fast import CoordAtt, backends, coord_att, explain, use_backend
 
 CASE = Case((2, 12, 5, 7), 8, norm="running")
-FUSED_OPS = {"coordatt_fast::attend", "coordatt_fast::attend_out", "coordatt_fast::attend_train"}
+FUSED_OPS = {"coordatt_fast::attend", "coordatt_fast::attend_out"}
+FUSED_OPS |= {"coordatt_fast::attend_train", "coordatt_fast::attend_train_update"}
 HYBRID_OPS = {"coordatt_fast::pool", "coordatt_fast::gate"}
 
 

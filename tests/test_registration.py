@@ -38,14 +38,17 @@ def sample(op, case, grad_needed=False):
         return (*front, activation, case.skip), {"out": torch.zeros_like(d.x)}
     if op == "attend_train":
         return (*front, norm, activation, case.skip), {}
+    running = (torch.zeros(case.mid), torch.ones(case.mid), torch.zeros((), dtype=torch.long))
+    if case.dtype is torch.float64:
+        running = (*(t.double() for t in running[:2]), running[2])
+    if op == "attend_train_update":
+        return (*front, norm, activation, case.skip, *running, 0.1), {}
     saved = ops().attend_train(*front, norm, activation, case.skip)[1:]
     if op == "attend_backward":
         weights = [a[0], a[2], a[3], 1e-5, a[6], a[8]]
         return (d.grad, d.x, *saved, *weights, norm, activation, case.skip, grad_needed or 0x1FF), {}
     if op == "update_running_stats":
-        mean, var = torch.zeros(case.mid), torch.ones(case.mid)
-        tracked = torch.zeros((), dtype=torch.long)
-        return (mean, var, tracked, saved[1], saved[3], saved[4], 0.1), {}
+        return (*running, saved[1], saved[3], saved[4], 0.1), {}
     generator = torch.Generator().manual_seed(5)
     s_h, s_w = (torch.randn(s, generator=generator).to(case.dtype) for s in ((n, c, h, 1), (n, c, 1, w)))
     strips = feature_map((n, c, h + w, 1), generator, case.dtype)
@@ -57,7 +60,7 @@ def sample(op, case, grad_needed=False):
     }[op], {}
 
 
-OPS = ["attend", "attend_out", "attend_train", "attend_backward", "update_running_stats"]
+OPS = ["attend", "attend_out", "attend_train", "attend_train_update", "attend_backward", "update_running_stats"]
 OPS += ["pool", "pool_backward", "gate", "gate_backward"]
 CASES = {
     "nchw float32 batch": Case(SHAPE, MID),
@@ -73,7 +76,7 @@ CASES = {
 
 def fits(op, case):
     return not (op in ("attend", "attend_out") and case.norm == "batch") and not (
-        op == "update_running_stats" and (case.norm != "batch" or 0 in case.shape)
+        op in ("attend_train_update", "update_running_stats") and (case.norm != "batch" or 0 in case.shape)
     )
 
 
