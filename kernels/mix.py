@@ -232,8 +232,8 @@ def move_statistics(
     running_mean_ptr, running_var_ptr, tracked_ptr, mean, var, rows, momentum, mean_step, var_step,
     M: tl.constexpr, MP: tl.constexpr, CUMULATIVE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Running statistics moved towards the batch's mean and var [MP]; CUMULATIVE: by 1 / batches seen, this one
-    too."""
+    """Running statistics moved towards the batch's mean and var [MP]; CUMULATIVE: by 1 / batches seen, with
+    this one."""
     m = tl.arange(0, MP)
     factor = tl.full([MP], momentum, ACC)
     if tracked_ptr is not None:
