@@ -11,8 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from . import autotune, mix, mix_backward, tables
 from . import gate as gate_pass
-from . import mix, mix_backward, tables
 from . import pool as pool_pass
 
 NONE, GIVEN, BATCH = 0, 1, 2
@@ -26,7 +26,7 @@ OPTIONS = dict(num_warps=tables.WARPS, enable_fp_fusion=True)
 class Constants(dict):
     """Constants of a kernel, and what Triton compiled with them for each kind of arguments.
 
-    Triton's own dispatch takes 20 us a launch to find what it compiled; a compiled kernel called by name takes 6.
+    Triton's own dispatch takes 20 us a launch to find what it compiled; a compiled kernel called by name 6.
     """
 
     def __init__(self, *args, **kwargs):
@@ -60,8 +60,8 @@ def _run(kernel, programs: int, arguments: tuple, constants: Constants) -> None:
 class Layout(NamedTuple):
     """How the kernels walk a map.
 
-    nhwc: channels dense; native: as it is, else a copy of it; steps: of channel and pixel; wide: offsets within
-    an image exceed 31 bits; strides: of a fresh map of the same layout.
+    nhwc: channels dense; native: as it is, else a copy of it; steps: of channel and pixel; wide: offsets
+    within an image exceed 31 bits; strides: of a fresh map of the same layout.
     """
 
     nhwc: bool
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _layout_of(shape, strides, nhwc: bool | None = None) -> Layout:
-    """How the kernels walk a map of these strides; nhwc None: by the strides, one channel counting as nchw."""
+    """How the kernels walk a map of these strides; nhwc None: by the strides, one channel being nchw."""
     _, c, h, w = shape
     _, sc, sh, sw = strides
     pixel = sw if w > 1 else sh
@@ -111,7 +111,7 @@ def _check_map(t: Tensor, x: Tensor, name: str) -> None:
         )
 
 
-def _dense(t: Tensor | None, count: int, dtype: torch.dtype, device: torch.device, name: str) -> Tensor | None:
+def _dense(t: Tensor | None, count: int, dtype: torch.dtype, device, name: str) -> Tensor | None:
     """A parameter as the kernels take it: dense, on x's device, of x's dtype or float32 beside half x."""
     if t is None:
         return None
@@ -143,6 +143,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 # Constants, once per shape, dtype and layout ---------------------------------------------------------
 
 
+@autotune.chosen
 @functools.lru_cache(maxsize=512)
 def _constants_of(shape, m, dtype, device, nhwc, x_steps, o_steps, wide, bc=0):
     """Sizes and, per kernel, everything about a map that its code depends on; one set a device."""
