@@ -2,6 +2,8 @@
 
 python -m bench.gpu_traffic --shape 64,96,112,112        one call of every phase, to run under a profiler
 traffic(shape, dtype, layout)                            runs that under ncu and reads its table
+
+Beside them stand the bytes that each launch has to move at least, as counted from the kernels' code.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import sys
 
 import torch
 
+import coordatt_fast
 from bench.cases import DTYPES, LAYOUTS, Case
 from bench.lab import ROOT
 from bench.rivals import ours
@@ -53,9 +56,27 @@ def rows(text: str) -> list[dict]:
     return list(launches.values())
 
 
+def predicted(shape: tuple, dtype: str, layout: str) -> list[dict]:
+    """Every launch of once() with the bytes it has to read and write; none where triton does not import."""
+    try:
+        from coordatt_fast.kernels import entries, traffic
+    except ImportError:
+        return []
+    mid = coordatt_fast.CoordAtt(shape[1], shape[1], device="meta").conv1.out_channels
+    found = entries.by_operator(shape, mid, DTYPES[dtype], layout == "channels_last")
+    launches = []
+    for operator in ("attend", "attend_train_update", "attend_backward"):
+        for entry in found[operator]:
+            full, small = traffic.bytes_moved([entry])
+            moved = {"read": full.read + small.read, "written": full.written + small.written}
+            launches.append({"kernel": entry.fn.fn.__name__, **moved})
+    return launches
+
+
 def traffic(shape: tuple, dtype: str, layout: str) -> dict:
     """Every launch of inference and a training step with its DRAM bytes; a reason where ncu cannot."""
     found = {"shape": list(shape), "dtype": dtype, "layout": layout, "launches": [], "reason": ""}
+    found["predicted"] = predicted(shape, dtype, layout)
     if not (profiler := shutil.which("ncu")):
         return found | {"reason": "ncu was not found"}
     command = [
@@ -74,17 +95,29 @@ def traffic(shape: tuple, dtype: str, layout: str) -> dict:
 
 
 def table(found: dict) -> str:
-    """Each launch: its DRAM reads and writes in units of one full-size tensor."""
+    """Each launch: its DRAM reads and writes, measured and predicted, in units of one full-size tensor."""
     size = Case(tuple(found["shape"]), dtype=found["dtype"]).output_bytes
     name = "x".join(map(str, found["shape"]))
     title = f"{name} {found['dtype']} {found['layout']}: DRAM bytes by ncu, x = {size / 1e6:.0f} MB"
+    left, lines = list(found["predicted"]), []
+    for launch in found["launches"]:
+        # Launches come in order; others than ours have no prediction.
+        same = next((p for p in left if p["kernel"] == launch["kernel"]), None)
+        expected = ""
+        if same is not None:
+            left.remove(same)
+            expected = f"   predicted {same['read'] / size:5.2f} x  {same['written'] / size:5.2f} x"
+        lines.append(
+            f"  {launch['kernel']:40.40} read {launch[METRICS[0]] / size:5.2f} x  "
+            f"written {launch[METRICS[1]] / size:5.2f} x  {launch[METRICS[2]] * 1e6:8.1f} us{expected}"
+        )
     if found["reason"]:
-        return f"{title}: not measured, {found['reason']}"
-    lines = [
-        f"  {launch['kernel']:40.40} read {launch[METRICS[0]] / size:5.2f} x  "
-        f"written {launch[METRICS[1]] / size:5.2f} x  {launch[METRICS[2]] * 1e6:8.1f} us"
-        for launch in found["launches"]
-    ]
+        title += f": not measured, {found['reason']}"
+        lines = [
+            f"  {p['kernel']:40.40} predicted: read {p['read'] / size:5.2f} x  "
+            f"written {p['written'] / size:5.2f} x"
+            for p in left
+        ]
     return "\n".join([title, *lines])
 
 

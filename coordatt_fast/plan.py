@@ -332,6 +332,20 @@ def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
     return {"forward": Passes(reads, writes), "backward": Passes(back_reads, back_writes)}
 
 
+def _counted(passes: dict[str, Passes], mid: int, x: Tensor) -> dict[str, Passes]:
+    """The same passes as the Triton kernels' launches for x make them; without dx backward is one pass."""
+    from coordatt_fast.kernels import entries, traffic
+
+    nhwc = x.stride(1) == 1 and x.shape[1] > 1
+    found = entries.by_operator(x.shape, mid, x.dtype, nhwc, needs=510 | x.requires_grad)
+    counted, size = {}, x.numel() * x.element_size()
+    for name, operator in (("forward", "attend"), ("backward", "attend_backward")):
+        if name in passes:
+            full, _ = traffic.bytes_moved(found[operator])
+            counted[name] = Passes(full.read // size, full.written // size)
+    return counted
+
+
 def explain(module: Module, x: Tensor) -> Plan:
     """How module(x) would run now: in this grad mode, under this autocast and use_backend. Computes nothing.
 
@@ -355,6 +369,8 @@ def explain(module: Module, x: Tensor) -> Plan:
         torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
     ):
         del passes["backward"]
-    moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
     backend = ops.operators(x).name if tier in (FUSED, HYBRID) else REFERENCE
+    if tier == FUSED and backend == "triton" and x.numel():
+        passes = _counted(passes, found[0][0].shape[0], x)
+    moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
     return Plan(tier, backend, reason, passes, moved)

@@ -1,6 +1,8 @@
 """Every kernel as it would be compiled for given maps, without a GPU: for ahead-of-time sweeps."""
 
 import contextlib
+import threading
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -51,25 +53,37 @@ def _entry(kernel, programs, arguments, constants) -> Entry:
     return Entry(fn, signature, constexprs, attrs, launch.OPTIONS, programs, given)
 
 
+_recording = threading.RLock()
+
+
 @contextlib.contextmanager
 def record(into: list[Entry]):
-    """Within the block, calls of launch's functions append what they would launch, and launch nothing."""
-    before = launch._run
-    launch._run = lambda *call: into.append(_entry(*call))
-    try:
-        yield
-    finally:
-        launch._run = before
+    """Within the block, this thread's calls of launch's functions append what they would launch, and launch
+    nothing."""
+    with _recording:
+        before, thread = launch._run, threading.get_ident()
+
+        def run(*call):
+            if threading.get_ident() == thread:
+                into.append(_entry(*call))
+            else:
+                before(*call)
+
+        launch._run = run
+        try:
+            yield
+        finally:
+            launch._run = before
 
 
-def entries(
+def by_operator(
     shape, mid: int, dtype: torch.dtype, nhwc: bool = False, norm: int = 2, activation: int = 0,
-    skip: bool = False, param_dtype: torch.dtype | None = None,
-) -> list[Entry]:  # fmt: skip
-    """The launches of inference, training, backward and the hybrid tier for a map of this shape [N, C, H, W].
+    skip: bool = False, param_dtype: torch.dtype | None = None, needs: int = 511,
+) -> dict[str, list[Entry]]:  # fmt: skip
+    """The launches of every operator of launch, by its name, for a map of this shape [N, C, H, W].
 
     mid is M; norm (0, 1, 2) and activation are the operators' codes; under norm 2 inference takes
-    given statistics.
+    given statistics. needs: what attend_backward is asked for.
     """
     n, c, h, w = shape
 
@@ -82,20 +96,29 @@ def entries(
     first = (make(mid, c, 1, 1), make(mid), *((make(mid), make(mid)) if norm else (None, None)))
     given = (make(mid), make(mid)) if norm else (None, None)
     last = (1e-5, make(c, mid, 1, 1), make(c), make(c, mid, 1, 1), make(c))
-    found = []
-    with record(found):
-        launch.attend(x, *first, *given, *last, activation, skip)
-        batch = given if norm == 1 else (None, None)
-        results = launch.attend_train(x, *first, *batch, *last, norm, activation, skip)
-        if norm == 2:
-            moved = (*given, make(dtype=torch.int64))
-            launch.attend_train_update(x, *first, *batch, *last, norm, activation, skip, *moved, 0.1)
-            launch.update_running_stats(*moved, results[2], *results[4:], 0.1)
-        weights = (first[0], *first[2:], last[0], last[1], last[3])
-        launch.attend_backward(x, x, *results[1:], *weights, norm, activation, skip, 511)
-        launch.pool(x)
-        launch.pool_backward(make(n, c, h + w, 1, dtype=acc), x)
-        s_h, s_w = make(n, c, h, 1, dtype=dtype), make(n, c, 1, w, dtype=dtype)
-        launch.gate(x, s_h, s_w, skip)
-        launch.gate_backward(x, x, s_h, s_w, skip)
+    batch = given if norm == 1 else (None, None)
+    found = {}
+
+    def call(name, *arguments):
+        with record(found.setdefault(name, [])):
+            return getattr(launch, name)(*arguments)
+
+    call("attend", x, *first, *given, *last, activation, skip)
+    results = call("attend_train", x, *first, *batch, *last, norm, activation, skip)
+    if norm == 2:
+        moved = (*given, make(dtype=torch.int64))
+        call("attend_train_update", x, *first, *batch, *last, norm, activation, skip, *moved, 0.1)
+        call("update_running_stats", *moved, results[2], *results[4:], 0.1)
+    weights = (first[0], *first[2:], last[0], last[1], last[3])
+    call("attend_backward", x, x, *results[1:], *weights, norm, activation, skip, needs)
+    call("pool", x)
+    call("pool_backward", make(n, c, h + w, 1, dtype=acc), x)
+    s_h, s_w = make(n, c, h, 1, dtype=dtype), make(n, c, 1, w, dtype=dtype)
+    call("gate", x, s_h, s_w, skip)
+    call("gate_backward", x, x, s_h, s_w, skip)
     return found
+
+
+def entries(*arguments, **keywords) -> list[Entry]:
+    """The launches of by_operator(*arguments, **keywords), one after the other."""
+    return list(chain.from_iterable(by_operator(*arguments, **keywords).values()))

@@ -11,8 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from . import autotune, mix, mix_backward, tables
 from . import gate as gate_pass
-from . import mix, mix_backward, tables
 from . import pool as pool_pass
 
 NONE, GIVEN, BATCH = 0, 1, 2
@@ -144,6 +144,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 # Constants, once per shape, dtype and layout ---------------------------------------------------------
 
 
+@autotune.chosen
 @functools.lru_cache(maxsize=512)
 def _constants_of(shape, m, dtype, device, nhwc, x_steps, o_steps, wide, bc=0):
     """Sizes and, per kernel, everything about a map that its code depends on; one set a device."""

@@ -231,3 +231,20 @@ def test_gpu_traffic_says_why_it_has_no_numbers(monkeypatch):
     found = gpu_traffic.traffic((1, 8, 7, 7), "float32", "nchw")
     assert found["reason"] == "ncu was not found"
     assert "not measured, ncu was not found" in gpu_traffic.table(found)
+    monkeypatch.setitem(sys.modules, "coordatt_fast.kernels", None)
+    assert gpu_traffic.predicted((1, 8, 7, 7), "float32", "nchw") == []
+
+
+def test_gpu_traffic_puts_predictions_beside_measurements():
+    pytest.importorskip("triton")
+    from bench import gpu_traffic
+
+    predicted = gpu_traffic.predicted((1, 8, 7, 7), "float32", "nchw")
+    assert [p["kernel"] for p in predicted] == [
+        "pool_kernel", "gate_kernel", "pool_kernel", "stats_kernel", "gate_kernel",
+        "reduce_kernel", "mix_backward_kernel", "weights_kernel", "spread_kernel",
+    ]  # fmt: skip
+    launches = [{"kernel": name} | dict.fromkeys(gpu_traffic.METRICS, 1.0) for name in ("pool_kernel", "fill")]
+    found = {"shape": [1, 8, 7, 7], "dtype": "float32", "layout": "nchw", "launches": launches, "reason": ""}
+    lines = gpu_traffic.table(found | {"predicted": predicted}).splitlines()
+    assert "predicted" in lines[1] and "predicted" not in lines[2]

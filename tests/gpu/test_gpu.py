@@ -6,6 +6,10 @@ PyTorch's own in the same dtype, plus one unit in the last place.
 
 import copy
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -310,3 +314,26 @@ def test_hybrid_tier(backend):
     plan = explain(ours, x)
     assert (plan.tier, plan.backend) == ("hybrid", backend)
     close(step(ours, x, grad), step(plain, x, grad), step(copy.deepcopy(plain).double(), x.double(), grad.double()))
+
+
+AUTOTUNED = """
+import torch, coordatt_fast
+module, x = coordatt_fast.CoordAtt(96, 96).cuda().eval(), torch.rand(4, 96, 28, 28, device="cuda")
+state = torch.cuda.get_rng_state()
+with torch.no_grad():
+    first = module(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module(x)
+    graph.replay()
+assert torch.equal(out, first) and torch.equal(state, torch.cuda.get_rng_state())
+"""
+
+
+def test_autotune_keeps_what_it_timed(tmp_path):
+    settings = {"COORDATT_FAST_AUTOTUNE": "1", "XDG_CACHE_HOME": str(tmp_path), "COORDATT_FAST_BACKEND": "triton"}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", AUTOTUNED], env=os.environ | settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (bc,) = json.loads((tmp_path / "coordatt_fast/autotune.json").read_text()).values()
+    assert bc in (8, 16, 32, 64, 128)
