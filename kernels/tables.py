@@ -77,7 +77,7 @@ def sizes(c: int, h: int, w: int, m: int, itemsize: int, nhwc: bool, bc: int = 0
     return Sizes(
         bc, *_tile(bc, h, w, nhwc, elements), *_tile(bc, h, w, nhwc, elements // 2),
         BLOCK=max(512, bc, min(2048 if itemsize < 8 else 1024, power(bc * h * w))),
-        LB=32 if mp <= 16 and itemsize < 8 and min(h, w) > 16 else 16,
+        LB=16,
         KC=max(16, min(bc, 32 if mp <= 32 and itemsize < 8 else 16)),
         MP=mp,
         RB=max(1, 2048 // mp),
