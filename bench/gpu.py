@@ -1,6 +1,6 @@
 """The GPU benchmark: tests, then every phase of CoordAtt against eager PyTorch, torch.compile and a copy.
 
-  1. With --tests: tests/triton and tests/gpu on this GPU.
+  1. With --tests: tests/gpu, on this GPU.
   2. The cases that torch.compile takes part in, of the published module and of its mean() rewrite; small maps
      also as CUDA graphs.
   3. What the compiler made of both: kernels, and library calls beside them.
@@ -15,6 +15,7 @@ Results: gpu.json and gpu.txt.
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def say(text: str) -> None:
 
 def run_tests() -> dict:
     """The GPU tests' closing line and exit status."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton", "tests/gpu"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    if importlib.util.find_spec("xdist"):  # compiling takes most of the time
+        command += ["-n", "8", "--dist", "loadgroup"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     say(done.stdout[-3000:] + done.stderr[-1000:])
     lines = [line for line in done.stdout.strip().splitlines() if line]
