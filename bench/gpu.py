@@ -102,13 +102,19 @@ def cases(options) -> tuple[list[Case], list[Case]]:
     return [make(*case) for case in AGAINST_COMPILE], sweep
 
 
+def backend(device: str) -> str:
+    """Ours by name, so that it never falls back unseen."""
+    return "triton" if device.startswith("cuda") else "auto"
+
+
 def measure_all(chosen: list[Case], names: list[str], until: float, rounds: int, into: list[dict]) -> int:
     """Measure while there is time; how many were left."""
     for index, case in enumerate(chosen):
         if time.perf_counter() > until:
             return len(chosen) - index
         try:
-            result = asdict(gpu_cases.measure(case, names, rounds=rounds, block=0.002))
+            with coordatt_fast.use_backend(backend(case.device)):
+                result = asdict(gpu_cases.measure(case, names, rounds=rounds, block=0.002))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             say(f"{case.name} {case.dtype}: not enough memory")

@@ -17,7 +17,9 @@ AUTO = "auto"
 # Triton reads this when it is imported; its kernels then also run, slowly, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") in ("1", "true", "on", "yes", "y")
 NO_CUDA = "not part of this version"
-_TRITON_DEVICES = ("cuda", "xpu")
+# What auto takes beside cpu: backends whose tests have passed on a real device (make gpu).
+VERIFIED: frozenset[str] = frozenset()
+TRITON_DEVICES = ("cuda", "xpu")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,10 @@ class Backend:
 
     available: bool
     reason: str
+
+
+def unverified(name: str) -> str:
+    return f"auto leaves out {name!r}, which has not passed its tests on a GPU yet: choose it by name"
 
 
 @functools.cache
@@ -44,7 +50,7 @@ def triton_obstacle(kind: str) -> str | None:
     """Why Triton's kernels cannot take tensors on this kind of device; None when they can."""
     if kind == "cpu" and not INTERPRETED:
         return "Triton has no kernels for CPU tensors (only its interpreter, under TRITON_INTERPRET=1)"
-    if kind not in ("cpu", *_TRITON_DEVICES):
+    if kind not in ("cpu", *TRITON_DEVICES):
         return f"no backend for device {kind} in this version"
     return _import_triton()
 
@@ -59,10 +65,11 @@ def _triton() -> tuple[bool, str]:
     import triton
 
     version = f"triton {triton.__version__}"
-    for kind in _TRITON_DEVICES:
+    for kind in TRITON_DEVICES:
         device = getattr(torch, kind, None)
         if device is not None and device.is_available():
-            return True, f"{version}, {device.get_device_name()}"
+            reason = f"{version}, {device.get_device_name()}"
+            return True, reason if "triton" in VERIFIED else f"{reason}; {unverified('triton')}"
     if INTERPRETED:
         return True, f"{version}, its interpreter on CPU tensors (TRITON_INTERPRET=1)"
     return False, f"{version}, but there is no GPU"

@@ -24,7 +24,15 @@ from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from coordatt_fast import checks, library, ops
-from coordatt_fast.backends import AUTO, NO_CUDA, choice, triton_obstacle
+from coordatt_fast.backends import (
+    AUTO,
+    NO_CUDA,
+    TRITON_DEVICES,
+    VERIFIED,
+    choice,
+    triton_obstacle,
+    unverified,
+)
 from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
 from coordatt_fast.reference import ACTIVATIONS
 
@@ -121,6 +129,8 @@ def _backend_obstacle(name: str, kind: str) -> str | None:
     if name == "cuda":
         return NO_CUDA
     if name == "triton" or (name == AUTO and kind != "cpu"):
+        if name == AUTO and kind in TRITON_DEVICES and "triton" not in VERIFIED:
+            return unverified("triton")
         return triton_obstacle(kind)
     return library.load().reason if kind == "cpu" else f"it takes CPU tensors, x is on {kind}"
 

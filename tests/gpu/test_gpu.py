@@ -16,7 +16,8 @@ import torch
 from harness import FLOATS, LAYOUTS, feature_map
 from paper import PaperCoordAtt
 
-from coordatt_fast import CoordAtt, explain
+from coordatt_fast import CoordAtt, explain, use_backend
+from coordatt_fast.backends import VERIFIED
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -96,6 +97,14 @@ def test_numbers(size, dtype, layout, backend):
     with torch.inference_mode():
         truth = {"out": exact.eval()(x.double())}
         close({"out": ours.eval()(x)}, {"out": plain.eval()(x)}, truth)
+
+
+def test_auto():
+    """Takes only what is said to have passed these tests."""
+    ours, _ = modules(64, 8)
+    with use_backend("auto"):
+        plan = explain(ours, maps((2, 64, 7, 7), count=1)[0])
+    assert VERIFIED or (plan.backend == "reference" and "not passed its tests on a GPU" in plan.reason)
 
 
 def launches(call):
