@@ -19,7 +19,6 @@ import coordatt_fast
 from bench.cases import DTYPES, LAYOUTS, Case
 from bench.lab import ROOT
 from bench.rivals import ours
-from coordatt_fast import use_backend
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3}
@@ -129,7 +128,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="nchw")
     options = parser.parse_args()
     shape = tuple(int(size) for size in options.shape.split(","))
-    with use_backend("triton"):
+    with coordatt_fast.use_backend("triton"):
         once(Case(shape, dtype=options.dtype, layout=options.layout, device="cuda"))
 
 
