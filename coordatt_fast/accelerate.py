@@ -166,6 +166,8 @@ def restore(model: nn.Module) -> list[str]:
 
     The modules are the very objects they always were; parameters keep their present values.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore takes an nn.Module, got a {type(model).__name__}")
     paths = []
     for path, module in model.named_modules():
         if isinstance(module, Accelerated):

@@ -97,7 +97,7 @@ def _valid(name: str, source: str) -> str:
     return name
 
 
-_default = _valid(os.environ.get("COORDATT_FAST_BACKEND", AUTO), "COORDATT_FAST_BACKEND")
+_default = _valid(os.environ.get("COORDATT_FAST_BACKEND") or AUTO, "COORDATT_FAST_BACKEND")
 
 
 class _Choice(threading.local):

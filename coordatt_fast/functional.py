@@ -45,8 +45,8 @@ def coord_att(
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
     out: takes the result, in x's shape and dtype; RuntimeError when a gradient is recorded.
 
-    Raises ValueError for an x that is not four-dimensional or an unknown activation, RuntimeError for
-    parameters of other channels, dtype or device than x.
+    Raises ValueError for an x that is not four-dimensional, an unknown activation, or inplace with out,
+    RuntimeError for parameters of other channels, dtype or device than x.
     """
     if activation not in _CODES:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_CODES)}")
@@ -56,6 +56,8 @@ def coord_att(
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError("momentum is None (the cumulative average), which needs num_batches_tracked")
 
+    if inplace and out is not None:
+        raise ValueError("inplace writes into x and out= into out: give one of them")
     affine = (conv1_weight, conv1_bias, bn_weight, bn_bias)
     gates = (conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias)
     tensors = (*affine, running_mean, running_var, *gates)

@@ -365,11 +365,12 @@ def explain(module: Module, x: Tensor) -> Plan:
     accelerated = getattr(module, "_coordatt_fast", None)
     if accelerated is not None:
         skip, pools, found = accelerated.skip, False, accelerated.arguments(module, x)
-    elif set(CHILDREN) <= module._modules.keys():
+    elif set(CHILDREN) <= module._modules.keys() and "inplace" in module.__dict__:
         skip, pools = module.skip, special_pools(module._modules)
         found = arguments(module.__dict__, x)
     else:
-        raise TypeError(f"explain takes a CoordAtt or an accelerated module, got a {type(module).__name__}")
+        name = f"{type(module).__module__}.{type(module).__name__}"
+        raise TypeError(f"explain takes a coordatt_fast.CoordAtt or an accelerated module, got a {name}")
     if type(found) is tuple:
         tier, reason = FUSED, "every child is what the fused kernels compute"
     else:

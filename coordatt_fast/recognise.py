@@ -271,6 +271,20 @@ def _agree(have: dict, wanted: dict, training: bool) -> None:
             raise Different(f"in {mode} mode its {name} is not Coordinate Attention's (off by {error:.1g})")
 
 
+def _agree_beyond(make, wiring: Wiring, x: Tensor) -> None:
+    """Raises Different for what clamps or cleans values: tries large numbers, and NaN and infinities."""
+    odd = x.clone()
+    odd[0, 0, 0, 0], odd[-1, -1, -1, 0], odd[-1, 0, 0, -1] = math.nan, math.inf, -math.inf
+    for given, what in ((x * 1e6, "large values"), (odd, "NaN and infinite values")):
+        theirs = make().eval()
+        with torch.no_grad():
+            wanted = theirs(given)
+            for way in (functools.partial(wiring.by_children, fast=False), wiring.by_parts):
+                have = way(make().eval(), given)
+                if not torch.allclose(have, wanted, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+                    raise Different(f"it treats {what} in another way than Coordinate Attention")
+
+
 def _map(generator: torch.Generator, n: int, c: int, size: tuple[int, int]) -> Tensor:
     """Noise, and an offset per row and per column: strip means of noise alone would be near zero."""
     shapes = (n, c, *size), (n, c, size[0], 1), (n, c, 1, size[1])
@@ -334,6 +348,7 @@ def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
             for way in (functools.partial(wiring.by_children, fast=False), wiring.by_parts):
                 ours = make()
                 _agree(_results(ours, functools.partial(way, ours), x, grad, training), wanted, training)
+    _agree_beyond(make, wiring, x)
     return wiring
 
 

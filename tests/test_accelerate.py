@@ -397,3 +397,28 @@ def test_traces_and_transforms():
         assert torch.equal(got, expected)
         got = torch.vmap(module)(x[:, None])[:, 0]
         assert max(tolerances.errors(got, expected)) < tolerances.FORMULAS_AGREE
+
+
+def _around(wrap):
+    class Wrapped(PaperCoordAtt):
+        def forward(self, x):
+            return wrap(super().forward, x)
+
+    return Wrapped
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda f, x: f(x).clamp(-8, 8),
+        lambda f, x: f(x.clamp(max=12)),
+        lambda f, x: f(x).clamp(-6e4, 6e4),
+        lambda f, x: torch.nan_to_num(f(x)),
+        lambda f, x: f(torch.nan_to_num(x)),
+    ],
+)
+def test_what_clamps_or_cleans_values_is_left_alone(wrap):
+    model = nn.Sequential(_around(wrap)(32, 32))
+    with pytest.warns(UserWarning, match="nothing to accelerate"):
+        report = accelerate(model)
+    assert not report.replaced and "another way" in report.skipped[0].reason

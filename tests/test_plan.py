@@ -230,3 +230,16 @@ def test_reference_and_kernels_agree_through_the_switch(cpu):
         slow = module(d.x)
     assert not fast.equal(slow) or fast.numel() < 10, "both calls ran the same code?"
     assert max(tolerances.errors(fast, slow)) < 1e-5
+
+
+def test_explain_takes_this_packages_modules():
+    from paper import PaperCoordAtt
+
+    with pytest.raises(TypeError, match=r"paper\.PaperCoordAtt"):
+        explain(PaperCoordAtt(8, 8), torch.zeros(1, 8, 3, 3))
+
+
+def test_inplace_and_out_exclude_each_other():
+    d = data(CASE)
+    with pytest.raises(ValueError, match="inplace"):
+        coord_att(d.x, *arguments(d.params), inplace=True, out=torch.empty_like(d.x))
