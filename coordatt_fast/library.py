@@ -73,12 +73,10 @@ def load() -> Library:
     build = _read_build(path)
     if "skipped" in build:
         return Library(False, path, f"installed without the compiled library: {build['skipped']}", build)
-    if not path.exists() and os.environ.get("COORDATT_FAST_LIBRARY"):
-        return Library(False, path, f"COORDATT_FAST_LIBRARY names {path}, which does not exist", build)
     if not path.exists():
-        return Library(
-            False, path, f"{path} does not exist: the package was not built (pip install .)", build
-        )
+        chosen = os.environ.get("COORDATT_FAST_LIBRARY")
+        why = "COORDATT_FAST_LIBRARY names it" if chosen else "the package was not built (pip install .)"
+        return Library(False, path, f"{path} does not exist: {why}", build)
     if build.get("version", __version__) != __version__:
         return Library(False, path, f"{path} is of another version ({_mismatch(build)}): build again", build)
     size = path.stat().st_size
