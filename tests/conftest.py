@@ -16,6 +16,7 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 import tolerances  # noqa: E402
+from harness import on_backend  # noqa: E402
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
 
@@ -69,28 +70,14 @@ def _fresh_state():
 
 @pytest.fixture
 def cpu():
-    """Runs the test on the compiled kernels, by explicit choice: a call they cannot take raises instead of
-    falling back.
-    """
-    from coordatt_fast import backends, use_backend
-
-    entry = backends()["cpu"]
-    if not entry.available:
-        pytest.skip(f"backend cpu: {entry.reason}")
-    with use_backend("cpu"):
-        yield "cpu"
+    """The compiled kernels."""
+    yield from on_backend("cpu")
 
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
-    """Each backend that can run here, chosen explicitly."""
-    from coordatt_fast import backends, use_backend
-
-    entry = backends()[request.param]
-    if not entry.available:
-        pytest.skip(f"backend {request.param}: {entry.reason}")
-    with use_backend(request.param):
-        yield request.param
+    """Each backend that can run here."""
+    yield from on_backend(request.param)
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import functools
 from dataclasses import dataclass, replace
 
 import oracle
+import pytest
 import tolerances
 import torch
 from paper import PaperCoordAtt
 from torch import nn
 
-from coordatt_fast import CoordAtt, explain
+from coordatt_fast import CoordAtt, backends, explain, use_backend
 
 FLOATS = {
     "float32": torch.float32,
@@ -24,6 +25,15 @@ FLOATS = {
     "float16": torch.float16,
 }
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def on_backend(name):
+    """The body of a fixture: the backend by explicit choice, so that it raises instead of falling back."""
+    entry = backends()[name]
+    if not entry.available:
+        pytest.skip(f"backend {name}: {entry.reason}")
+    with use_backend(name):
+        yield name
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,8 @@ def _plain_pytorch_may_run():
 
 @pytest.fixture(params=["triton"])
 def backend(request):
-    """Each backend for CUDA tensors that can run here, by explicit choice: it raises instead of falling back."""
-    from coordatt_fast import backends, use_backend
+    """Each backend for CUDA tensors that can run here."""
+    from harness import on_backend
 
-    entry = backends()[request.param]
-    if not entry.available:
-        pytest.skip(f"backend {request.param}: {entry.reason}")
-    with use_backend(request.param):
-        yield request.param
+    yield from on_backend(request.param)
     torch.cuda.empty_cache()
