@@ -39,6 +39,23 @@ def apply_gates(
 
 
 @triton.jit
+def open_lines(
+    z_ptr, bias, mean, scale, shift, w_ptr, b_ptr, gates_ptr, c0, first: tl.constexpr, count: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, GC: tl.constexpr, GL: tl.constexpr, BC: tl.constexpr, LB: tl.constexpr,
+    KC: tl.constexpr, MP: tl.constexpr, BLOCKS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gates of lines first to first + count from z's parts; z_ptr is at the image."""
+    m = tl.arange(0, MP)
+    for l0 in range(first, first + count, LB):
+        line = l0 + tl.arange(0, LB)
+        on = line < first + count
+        z = add_partials(z_ptr, line, on, BLOCKS, M, LB, MP, ACC) + bias[None, :]
+        y = activate((z - mean[None, :]) * scale[None, :] + shift[None, :], ACT)
+        y = tl.where(on[:, None] & (m < M)[None, :], y, 0.0)
+        expand(y, line, on, w_ptr, b_ptr, gates_ptr, c0, C, M, GC, GL, BC, LB, KC, MP, ACC)
+
+
+@triton.jit
 def gate_kernel(
     x_ptr, out_ptr, gates_ptr, z_ptr, stats_ptr, saved_mean_ptr, saved_var_ptr,
     b1_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps: tl.float64, wh_ptr, bh_ptr, ww_ptr, bw_ptr,
@@ -84,20 +101,14 @@ def gate_kernel(
                 tl.store(saved_var_ptr + m, var, mask=m < M)
     bias = bias_of(None if TRAIN else b1_ptr, M, MP, ACC)
     z_ptr += n * ((H + W) * BLOCKS * M)
-    for l0 in range(0, H, LB):
-        line = l0 + tl.arange(0, LB)
-        on = line < H
-        z = add_partials(z_ptr, line, on, BLOCKS, M, LB, MP, ACC) + bias[None, :]
-        y = activate((z - mean[None, :]) * scale[None, :] + shift[None, :], ACT)
-        y = tl.where(on[:, None] & (m < M)[None, :], y, 0.0)
-        expand(y, line, on, wh_ptr, bh_ptr, gates_ptr, c0, C, M, GC, GL, BC, LB, KC, MP, ACC)
-    for l0 in range(0, W, LB):
-        line = H + l0 + tl.arange(0, LB)
-        on = line < H + W
-        z = add_partials(z_ptr, line, on, BLOCKS, M, LB, MP, ACC) + bias[None, :]
-        y = activate((z - mean[None, :]) * scale[None, :] + shift[None, :], ACT)
-        y = tl.where(on[:, None] & (m < M)[None, :], y, 0.0)
-        expand(y, line, on, ww_ptr, bw_ptr, gates_ptr, c0, C, M, GC, GL, BC, LB, KC, MP, ACC)
+    open_lines(
+        z_ptr, bias, mean, scale, shift, wh_ptr, bh_ptr, gates_ptr, c0, 0, H,
+        C, M, GC, GL, BC, LB, KC, MP, BLOCKS, ACT, ACC,
+    )  # fmt: skip
+    open_lines(
+        z_ptr, bias, mean, scale, shift, ww_ptr, bw_ptr, gates_ptr, c0, H, W,
+        C, M, GC, GL, BC, LB, KC, MP, BLOCKS, ACT, ACC,
+    )  # fmt: skip
     tl.debug_barrier()
     x_ptr += n * x_image + c0.to(tl.int64) * XC
     out_ptr += n * out_image + c0.to(tl.int64) * OC
