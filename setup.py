@@ -2,8 +2,9 @@
 lib/build.json.
 
 Environment: CXX, MAX_JOBS, DEBUG=1 (-O1 -g), SANITIZE=address,undefined, COORDATT_FAST_NO_BUILD=1 (skip on
-purpose). The library sees only libtorch's stable ABI and no Python, so one build serves every Python and
-every torch >= 2.11.
+purpose). Where nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda) the library has CUDA kernels too:
+TORCH_CUDA_ARCH_LIST says for which GPUs, FORCE_CUDA=0 leaves them out, FORCE_CUDA=1 fails without nvcc. The
+library sees only libtorch's stable ABI and no Python, so one build serves every Python and every torch >= 2.11.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-ex
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 AVX512_BY_NAME = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), AVX512[1]]
+
+# GPUs that the CUDA kernels are compiled for where TORCH_CUDA_ARCH_LIST says nothing, as far as nvcc knows them.
+CUDA_ARCHS = "8.0 9.0 10.0 12.0+PTX"
+CUDA_NAMES = {"Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0 12.0+PTX"}
+# 128: the bodies of loops that one architecture has no use for.
+NVCC = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-diag-suppress=128", "-Icsrc"]
 
 # These are compiled once per SIMD level; every other file of csrc/cpu once, for any CPU.
 PER_LEVEL = ("pool", "mix", "gate")
@@ -99,6 +106,65 @@ def find_ninja() -> str:
     raise Skip("ninja was not found (pip install ninja)")
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler, where there is one and it is wanted."""
+    force = os.environ.get("FORCE_CUDA", "")
+    if force == "0" or os.environ.get("SANITIZE"):
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [Path(home) / "bin/nvcc" for home in homes if home]
+    places += [Path(found)] if (found := shutil.which("nvcc")) else []
+    for place in [*places, Path("/usr/local/cuda/bin/nvcc")]:
+        if place.is_file():
+            return str(place)
+    if force:
+        raise SystemExit(f"coordatt_fast: FORCE_CUDA={force}, but nvcc was not found; set CUDA_HOME")
+    return None
+
+
+class Cuda:
+    """nvcc, and the GPUs to compile for."""
+
+    def __init__(self, nvcc: str) -> None:
+        self.nvcc = nvcc
+        said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+        self.version = re.search(r"release (\d+\.\d+)", said).group(1)
+        command = [nvcc, "--list-gpu-arch"]
+        known = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        self.archs: list[str] = []
+        self.flags: list[str] = []
+        for name in re.split(r"[;\s]+", (wanted or CUDA_ARCHS).strip()):
+            for arch in CUDA_NAMES.get(name, name).split():
+                number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+                if not number:
+                    raise SystemExit(f"coordatt_fast: TORCH_CUDA_ARCH_LIST has {arch!r}, expected such as 9.0 or 9.0+PTX")
+                digits = number[1] + number[2]
+                if f"compute_{digits}" not in known or int(digits) < 80:
+                    if wanted:
+                        known_text = " ".join(sorted(known))
+                        raise SystemExit(
+                            f"coordatt_fast: TORCH_CUDA_ARCH_LIST has {arch}, expected 8.0 or newer that "
+                            f"{nvcc} knows ({known_text})"
+                        )
+                    continue
+                digits += number[3]
+                self.archs.append(f"sm_{digits}")
+                self.flags.append(f"-gencode=arch=compute_{digits},code=sm_{digits}")
+                if number[4]:
+                    self.flags.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
+
+    def folder(self) -> Path:
+        """Of the libraries to link."""
+        root = Path(self.nvcc).resolve().parents[1]
+        if not (root / "include/cuda_runtime.h").is_file():  # nvcc on the path may be a script
+            root = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
+        for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+            if (root / name / "libcudart_static.a").is_file():
+                return root / name
+        raise SystemExit(f"coordatt_fast: libcudart_static.a was not found under {root}; set CUDA_HOME")
+
+
 class Toolchain:
     """What is there to build with. Raises Skip where something is missing."""
 
@@ -117,6 +183,8 @@ class Toolchain:
         self.torch, self.torch_version = torch
         self.compiler = self.ask("--version").splitlines()[0]
         self.machine = self.ask("-dumpmachine").split("-")[0]
+        nvcc = find_nvcc()
+        self.cuda = Cuda(nvcc) if nvcc else None
 
     def ask(self, option: str) -> str:
         return subprocess.run([*self.cxx, option], check=True, capture_output=True, text=True).stdout.strip()
@@ -155,6 +223,19 @@ def mode() -> tuple[str, list[str]]:
     return "-".join(["debug" if debug else "release", *filter(None, sanitize.split(","))]), flags
 
 
+def nvcc_rule(tools: Toolchain) -> list[str]:
+    if not tools.cuda:
+        return []
+    host = shlex.join(["-ccbin", shutil.which(tools.cxx[0]), "-Xcompiler", "-fPIC,-fvisibility=hidden"])
+    return [
+        "rule nvcc",
+        f"  command = {tools.cuda.nvcc} {host} -MD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = nvcc $out",
+    ]
+
+
 def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[str]]:
     """Writes folder/build.ninja, which makes output; paths in it are relative to the repository root."""
     base = [*COMMON, *WARNINGS, *mode()[1]]
@@ -179,14 +260,15 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
+        *nvcc_rule(tools),
         "rule link",
         "  command = $cxx -shared $in $flags -o $out",
         "  description = link $out",
     ]
 
-    def compile_file(source: Path, name: str, parts: list[str]) -> None:
+    def compile_file(source: Path, name: str, parts: list[str], rule: str = "compile") -> None:
         objects.append(escape(str(folder / f"{name}.o")))
-        lines.append(f"build {objects[-1]}: compile {escape(str(source))}\n  flags = {flags(parts)}")
+        lines.append(f"build {objects[-1]}: {rule} {escape(str(source))}\n  flags = {flags(parts)}")
 
     include = tools.torch / "include"
     torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Icsrc"]
@@ -196,11 +278,16 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
         define("COORDATT_TORCH_BUILT", tools.torch_version),
         define("COORDATT_COMPILER", tools.compiler),
     ]
+    if tools.cuda:
+        torch_flags.append(define("COORDATT_CUDA", f"{tools.cuda.version}: {' '.join(tools.cuda.archs)}"))
     compile_file(Path("csrc/library.cpp"), "library", [*base, *torch_flags])
 
     compiled = [f"-DCOORDATT_HAVE_{level.upper()}" for level in levels]
     for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         source = path.relative_to(ROOT)
+        if path.stem == "bindings":
+            compile_file(source, "cpu_bindings", [*base, *torch_flags])
+            continue
         if path.stem not in PER_LEVEL:
             compile_file(source, path.stem, [*base, "-Icsrc", *compiled])
             continue
@@ -210,6 +297,14 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
             parts = [*base, *KERNEL, *extra, "-Icsrc", f"-DCOORDATT_SIMD_{level.upper()}"]
             compile_file(source, f"{path.stem}_{level}", parts)
 
+    if tools.cuda:
+        for path in sorted((ROOT / "csrc/cuda").glob("*.c*")):
+            source, name = path.relative_to(ROOT), f"cuda_{path.stem}"
+            if path.suffix == ".cu":
+                compile_file(source, name, [*NVCC, *tools.cuda.flags], rule="nvcc")
+            elif path.suffix == ".cpp":
+                compile_file(source, name, [*base, *(torch_flags if path.stem == "bindings" else ["-Icsrc"])])
+
     link = [
         f"-L{tools.torch / 'lib'}",
         "-Wl,--no-as-needed",
@@ -218,6 +313,8 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
         "-ltorch_cpu",
         "-lc10",
     ]
+    if tools.cuda:
+        link += [f"-L{tools.cuda.folder()}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     sanitize = [flag for flag in mode()[1] if flag.startswith("-fsanitize")]
     link += sanitize or ["-Wl,-z,defs"]
     lines.append(f"build {escape(str(output))}: link {' '.join(objects)}\n  flags = {flags(link)}")
@@ -248,6 +345,7 @@ class BuildLibrary(build_ext):
                 "compiler": tools.compiler,
                 "simd": list(levels),
                 "mode": mode()[0],
+                "cuda": {"nvcc": tools.cuda.version, "archs": tools.cuda.archs} if tools.cuda else None,
             }
         (lib / "build.json").write_text(json.dumps(about, indent=2) + "\n")
 
@@ -257,7 +355,8 @@ class BuildLibrary(build_ext):
         output = folder / LIBRARY
         levels = write_ninja(tools, folder, output)
         print(
-            f"coordatt_fast {VERSION}: {tools.compiler}, torch {tools.torch_version}, {', '.join(levels)}",
+            f"coordatt_fast {VERSION}: {tools.compiler}, torch {tools.torch_version}, {', '.join(levels)}; "
+            + (f"nvcc {tools.cuda.version}, {', '.join(tools.cuda.archs)}" if tools.cuda else "no CUDA"),
             flush=True,
         )
         jobs = os.environ.get("MAX_JOBS")

@@ -28,7 +28,7 @@ struct Map {
 struct Param {
   void* data = nullptr;
   DType dtype = DType::f32;
-  explicit operator bool() const { return data != nullptr; }
+  explicit constexpr operator bool() const { return data != nullptr; }
 };
 
 struct Params {
@@ -59,6 +59,15 @@ struct Saved {
   void* gates = nullptr;     // [R, C] after the sigmoid
   void* mean = nullptr;      // [M]
   void* var = nullptr;       // [M] biased
+};
+
+// Running statistics that a training forward moves; all null where none do. Steps in elements.
+struct RunningStatistics {
+  Param mean, var;  // [M]
+  int64_t mean_step = 0, var_step = 0;
+  int64_t* tracked = nullptr;
+  double momentum = 0;
+  bool cumulative = false;  // by 1 / (batches seen) in place of momentum
 };
 
 struct ForwardArgs : Call {

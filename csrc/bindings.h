@@ -1,0 +1,398 @@
+// What the bindings of every backend share, on the libtorch stable ABI: checks of what the kernels take for granted,
+// tensors turned into the structs of coordatt.h, the fused operators, and all schemas. Only this file, library.cpp and
+// cuda/bindings.cpp see torch.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "coordatt.h"
+
+namespace coordatt {
+namespace bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+#define CHECK(condition, ...) STD_TORCH_CHECK(condition, "coordatt_fast: ", __VA_ARGS__)
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+  return DType::f32;
+}
+
+inline ScalarType acc_of(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// On the device of like.
+inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                            ScalarType dtype) {
+  int32_t kind, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &kind));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)sizes.size(), sizes.begin(), strides.begin(), (int32_t)dtype, kind,
+                                                  index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty1(const Tensor& like, int64_t n, ScalarType dtype) { return empty_strided(like, {n}, {1}, dtype); }
+inline Tensor empty2(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
+  return empty_strided(like, {rows, columns}, {columns, 1}, dtype);
+}
+
+// channels_last, by the strides: channels dense. A map of one channel counts as nchw.
+inline bool is_nhwc(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1; }
+
+// The strides of a fresh map.
+struct MapStrides {
+  int64_t of[4];
+  MapStrides(const Tensor& like, bool nhwc) {
+    int64_t c = like.size(1), h = like.size(2), w = like.size(3);
+    int64_t dense[4] = {c * h * w, h * w, w, 1}, last[4] = {h * w * c, 1, w * c, c};
+    for (int d = 0; d < 4; ++d) of[d] = nhwc ? last[d] : dense[d];
+  }
+};
+
+// Whether kernels can walk it as it is: dense planes (nchw), or dense channels of evenly spaced pixels (nhwc).
+inline bool has_dense_planes(const Tensor& t, bool nhwc) {
+  int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  if (!nhwc) return (w == 1 || t.stride(3) == 1) && (h == 1 || t.stride(2) == w);
+  int64_t step = w > 1 ? t.stride(3) : t.stride(2);
+  return (c == 1 || t.stride(1) == 1) && (w == 1 || h == 1 || t.stride(2) == w * step);
+}
+
+inline void check_map(const Tensor& t, const char* name) {
+  CHECK(t.dim() == 4, name, " must be [N, C, H, W], got ", t.dim(), " dimensions");
+  dtype_of(t, name);
+}
+
+inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
+  CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, " must be on x's device");
+}
+
+inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
+  check_map(t, name);
+  check_device(t, x, name);
+  CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype");
+  for (int64_t d = 0; d < 4; ++d)
+    CHECK(t.size(d) == x.size(d), name, " must have x's shape: size ", t.size(d), " at dimension ", d, ", x has ", x.size(d));
+}
+
+inline Map map_of(const Tensor& t, bool nhwc) {
+  Map m;
+  m.data = t.mutable_data_ptr();
+  m.image = t.stride(0);
+  m.step = !nhwc ? t.stride(1) : t.size(3) > 1 ? t.stride(3) : t.stride(2);
+  return m;
+}
+
+// Parameters, dense and kept alive for the call.
+class Parameters {
+ public:
+  explicit Parameters(const Tensor& x) : x_(x) {}
+  Param take(const Tensor& t, int64_t count, const char* name) {
+    Param p;
+    p.dtype = dtype_of(t, name);
+    check_device(t, x_, name);
+    CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
+    CHECK(t.scalar_type() == x_.scalar_type() || t.scalar_type() == acc_of(x_), name,
+          " must have x's dtype, or float32 beside half-precision x");
+    if (!t.is_contiguous()) {
+      CHECK(copies_ < 10, "too many non-contiguous parameters");
+      kept_[copies_] = torch::stable::contiguous(t);
+      p.data = kept_[copies_++]->mutable_data_ptr();
+    } else {
+      p.data = t.mutable_data_ptr();
+    }
+    return p;
+  }
+  Param take(const MaybeTensor& t, int64_t count, const char* name) { return t ? take(*t, count, name) : Param{}; }
+
+ private:
+  const Tensor& x_;
+  MaybeTensor kept_[10];
+  int copies_ = 0;
+};
+
+inline Call call_of(const Tensor& x, int64_t norm, int64_t activation, bool skip) {
+  check_map(x, "x");
+  CHECK(norm >= 0 && norm <= 2, "norm must be 0, 1 or 2, got ", norm);
+  CHECK(activation >= 0 && activation <= 3, "activation must be 0 to 3, got ", activation);
+  Call call;
+  call.shape = {x.size(0), x.size(1), x.size(2), x.size(3), 0};
+  call.dtype = dtype_of(x, "x");
+  call.nhwc = is_nhwc(x);
+  call.norm = (Norm)norm;
+  call.activation = (Activation)activation;
+  call.skip = skip;
+  return call;
+}
+
+struct ForwardTensors {
+  const Tensor& conv1_weight; const MaybeTensor& conv1_bias;
+  const MaybeTensor& bn_weight; const MaybeTensor& bn_bias;
+  const MaybeTensor& bn_mean; const MaybeTensor& bn_var;
+  double eps;
+  const Tensor& conv_h_weight; const MaybeTensor& conv_h_bias;
+  const Tensor& conv_w_weight; const MaybeTensor& conv_w_bias;
+};
+
+inline void set_params(Call& call, const ForwardTensors& t, Parameters& params) {
+  CHECK(t.conv1_weight.dim() == 4, "conv1_weight must be [M, C, 1, 1]");
+  int64_t m = call.shape.m = t.conv1_weight.size(0), c = call.shape.c;
+  CHECK(m >= 1, "conv1_weight must have at least one output channel");
+  Params& p = call.params;
+  p.conv1_weight = params.take(t.conv1_weight, m * c, "conv1_weight");
+  p.conv1_bias = params.take(t.conv1_bias, m, "conv1_bias");
+  p.bn_weight = params.take(t.bn_weight, m, "bn_weight");
+  p.bn_bias = params.take(t.bn_bias, m, "bn_bias");
+  if (call.norm == Norm::given) {
+    CHECK(t.bn_mean.has_value() && t.bn_var.has_value(), "norm 1 needs bn_mean and bn_var");
+    p.mean = params.take(t.bn_mean, m, "bn_mean");
+    p.var = params.take(t.bn_var, m, "bn_var");
+  }
+  p.conv_h_weight = params.take(t.conv_h_weight, c * m, "conv_h_weight");
+  p.conv_h_bias = params.take(t.conv_h_bias, c, "conv_h_bias");
+  p.conv_w_weight = params.take(t.conv_w_weight, c * m, "conv_w_weight");
+  p.conv_w_bias = params.take(t.conv_w_bias, c, "conv_w_bias");
+  p.eps = t.eps;
+}
+
+// What a training forward moves. Kept in the accumulate type's kind: float64 beside float64 statistics.
+inline RunningStatistics running_of(const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& tracked,
+                                    std::optional<double> momentum, const Tensor& mean) {
+  RunningStatistics r;
+  if (tracked) {
+    check_device(*tracked, mean, "num_batches_tracked");
+    CHECK(tracked->scalar_type() == ScalarType::Long && tracked->numel() == 1, "num_batches_tracked must be one int64 number");
+    r.tracked = (int64_t*)tracked->mutable_data_ptr();
+  }
+  r.momentum = momentum ? *momentum : 0;
+  r.cumulative = !momentum && tracked;
+  auto take = [&](const MaybeTensor& t, Param& p, int64_t& step, const char* name) {
+    if (!t) return;
+    check_device(*t, mean, name);
+    CHECK(t->dim() == 1 && t->numel() == mean.numel(), name, " must be [M]");
+    p = {t->mutable_data_ptr(), dtype_of(*t, name)};
+    step = t->stride(0);
+    CHECK((mean.scalar_type() == ScalarType::Double) == (p.dtype == DType::f64), name,
+          " must have x's dtype, or float32 beside half-precision x");
+  };
+  take(running_mean, r.mean, r.mean_step, "running_mean");
+  take(running_var, r.var, r.var_step, "running_var");
+  return r;
+}
+
+#define FORWARD_PARAMETERS                                                                                    \
+  const Tensor &conv1_weight, const MaybeTensor &conv1_bias, const MaybeTensor &bn_weight,                    \
+      const MaybeTensor &bn_bias, const MaybeTensor &bn_mean, const MaybeTensor &bn_var, double eps,          \
+      const Tensor &conv_h_weight, const MaybeTensor &conv_h_bias, const Tensor &conv_w_weight,               \
+      const MaybeTensor &conv_w_bias
+#define FORWARD_TENSORS                                                                                       \
+  ForwardTensors {                                                                                            \
+    conv1_weight, conv1_bias, bn_weight, bn_bias, bn_mean, bn_var, eps, conv_h_weight, conv_h_bias,           \
+        conv_w_weight, conv_w_bias                                                                            \
+  }
+
+using Trained = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The operators of the fused tier. Backend: is_native(map, nhwc): whether its kernels can walk it; empty_map(like, nhwc);
+// forward(args, running, x), backward(args, x), update(running, call, mean, var, rows, on).
+template <class Backend> struct Fused {
+  static Tensor native(const Tensor& t, bool nhwc) {
+    if (Backend::is_native(t, nhwc)) return t;
+    Tensor copy = Backend::empty_map(t, nhwc);
+    torch::stable::copy_(copy, t);
+    return copy;
+  }
+
+  static void infer(const Tensor& x, const ForwardTensors& tensors, int64_t activation, bool skip, const MaybeTensor& given_out,
+                    MaybeTensor& made_out) {
+    CHECK(tensors.bn_mean.has_value() == tensors.bn_var.has_value(), "bn_mean and bn_var go together");
+    ForwardArgs args{};
+    (Call&)args = call_of(x, tensors.bn_mean ? 1 : 0, activation, skip);
+    Parameters params(x);
+    set_params(args, tensors, params);
+    Tensor in = native(x, args.nhwc);
+    Tensor out = given_out ? *given_out : Backend::empty_map(x, args.nhwc);
+    args.x = map_of(in, args.nhwc);
+    args.out = map_of(out, args.nhwc);
+    Backend::forward(args, RunningStatistics{}, x);
+    if (!given_out) made_out = out;
+  }
+
+  static Tensor attend(const Tensor& x, FORWARD_PARAMETERS, int64_t activation, bool skip) {
+    MaybeTensor out;
+    infer(x, FORWARD_TENSORS, activation, skip, std::nullopt, out);
+    return *out;
+  }
+
+  static void attend_out(const Tensor& x, FORWARD_PARAMETERS, int64_t activation, bool skip, const Tensor& out) {
+    check_map(x, "x");
+    check_like(out, x, "out");
+    bool nhwc = is_nhwc(x);
+    MaybeTensor made;
+    bool writable = Backend::is_native(out, nhwc);
+    for (int64_t d = 0; d < 4; ++d) writable = writable && (out.size(d) <= 1 || out.stride(d) > 0);
+    infer(x, FORWARD_TENSORS, activation, skip, writable ? MaybeTensor(out) : std::nullopt, made);
+    Tensor to = out;
+    if (!writable) torch::stable::copy_(to, *made);
+  }
+
+  static Trained attend_train(const Tensor& x, FORWARD_PARAMETERS, int64_t norm, int64_t activation, bool skip) {
+    return attend_train_update(x, conv1_weight, conv1_bias, bn_weight, bn_bias, bn_mean, bn_var, eps, conv_h_weight, conv_h_bias,
+                               conv_w_weight, conv_w_bias, norm, activation, skip, std::nullopt, std::nullopt, std::nullopt,
+                               std::nullopt);
+  }
+
+  static Trained attend_train_update(const Tensor& x, FORWARD_PARAMETERS, int64_t norm, int64_t activation, bool skip,
+                                     const MaybeTensor& running_mean, const MaybeTensor& running_var,
+                                     const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
+    CHECK(norm == 2 || !(running_mean || running_var || num_batches_tracked),
+          "running statistics move under batch statistics (norm 2) only");
+    ForwardArgs args{};
+    (Call&)args = call_of(x, norm, activation, skip);
+    Parameters params(x);
+    set_params(args, FORWARD_TENSORS, params);
+    const Shape& s = args.shape;
+    ScalarType acc = acc_of(x);
+    Tensor in = native(x, args.nhwc), out = Backend::empty_map(x, args.nhwc);
+    Tensor pooled = empty2(x, s.rows(), s.c, acc), squeezed = empty2(x, s.rows(), s.m, acc);
+    Tensor gates = empty2(x, s.rows(), s.c, acc), mean = empty1(x, s.m, acc), var = empty1(x, s.m, acc);
+    RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean);
+    if (norm == 1 && !x.numel()) {
+      torch::stable::copy_(mean, *bn_mean);
+      torch::stable::copy_(var, *bn_var);
+    } else if (norm == 0 || !x.numel()) {
+      torch::stable::fill_(mean, 0);
+      torch::stable::fill_(var, 1);
+    }
+    args.x = map_of(in, args.nhwc);
+    args.out = map_of(out, args.nhwc);
+    args.saved = {pooled.mutable_data_ptr(), squeezed.mutable_data_ptr(), gates.mutable_data_ptr(), mean.mutable_data_ptr(),
+                  var.mutable_data_ptr()};
+    Backend::forward(args, running, x);
+    return {out, pooled, squeezed, gates, mean, var};
+  }
+
+  static GradientTensors attend_backward(const Tensor& grad, const Tensor& x, const Tensor& pooled, const Tensor& squeezed,
+                            const Tensor& gates, const Tensor& mean, const Tensor& var, const Tensor& conv1_weight,
+                            const MaybeTensor& bn_weight, const MaybeTensor& bn_bias, double eps, const Tensor& conv_h_weight,
+                            const Tensor& conv_w_weight, int64_t norm, int64_t activation, bool skip, int64_t needs) {
+    BackwardArgs args{};
+    (Call&)args = call_of(x, norm, activation, skip);
+    check_like(grad, x, "grad");
+    CHECK(conv1_weight.dim() == 4, "conv1_weight must be [M, C, 1, 1]");
+    Shape& s = args.shape;
+    s.m = conv1_weight.size(0);
+    ScalarType acc = acc_of(x);
+    auto check_saved = [&](const Tensor& t, int64_t count, const char* name) {
+      CHECK(t.scalar_type() == acc && t.is_contiguous() && t.numel() == count, name, " is not what the forward pass saved");
+      return t.mutable_data_ptr();
+    };
+    args.saved = {check_saved(pooled, s.rows() * s.c, "pooled"), check_saved(squeezed, s.rows() * s.m, "squeezed"),
+                  check_saved(gates, s.rows() * s.c, "gates"), check_saved(mean, s.m, "mean"), check_saved(var, s.m, "var")};
+    Parameters params(x);
+    Params& p = args.params;
+    p.conv1_weight = params.take(conv1_weight, s.m * s.c, "conv1_weight");
+    p.bn_weight = params.take(bn_weight, s.m, "bn_weight");
+    p.bn_bias = params.take(bn_bias, s.m, "bn_bias");
+    p.conv_h_weight = params.take(conv_h_weight, s.c * s.m, "conv_h_weight");
+    p.conv_w_weight = params.take(conv_w_weight, s.c * s.m, "conv_w_weight");
+    p.eps = eps;
+    Tensor in = native(x, args.nhwc), g = native(grad, args.nhwc);
+    args.x = map_of(in, args.nhwc);
+    args.grad = map_of(g, args.nhwc);
+
+    auto wanted = [&](int i) { return (needs >> i & 1) != 0; };
+    Tensor dx = wanted(0) ? Backend::empty_map(x, args.nhwc) : empty1(x, 0, x.scalar_type());
+    if (wanted(0)) args.out.dx = map_of(dx, args.nhwc);
+    auto vector = [&](int i, int64_t size, const Tensor& like, Param& to) {
+      Tensor t = empty1(x, wanted(i) ? size : 0, like.scalar_type());
+      if (wanted(i)) to = {t.mutable_data_ptr(), dtype_of(like, "parameter")};
+      return t;
+    };
+    auto weight = [&](int i, int64_t rows, int64_t columns, const Tensor& like, Param& to) {
+      if (!wanted(i)) return empty1(x, 0, like.scalar_type());
+      Tensor t = empty_strided(x, {rows, columns, 1, 1}, {columns, 1, 1, 1}, like.scalar_type());
+      to = {t.mutable_data_ptr(), dtype_of(like, "parameter")};
+      return t;
+    };
+    const Tensor& bn = bn_weight ? *bn_weight : conv1_weight;
+    Gradients& out = args.out;
+    Tensor d1 = weight(1, s.m, s.c, conv1_weight, out.conv1_weight), d2 = vector(2, s.m, conv1_weight, out.conv1_bias);
+    Tensor d3 = vector(3, s.m, bn, out.bn_weight), d4 = vector(4, s.m, bn, out.bn_bias);
+    Tensor d5 = weight(5, s.c, s.m, conv_h_weight, out.conv_h_weight), d6 = vector(6, s.c, conv_h_weight, out.conv_h_bias);
+    Tensor d7 = weight(7, s.c, s.m, conv_w_weight, out.conv_w_weight), d8 = vector(8, s.c, conv_w_weight, out.conv_w_bias);
+    if (x.numel()) {
+      Backend::backward(args, x);
+    } else {
+      for (Tensor* t : {&dx, &d1, &d2, &d3, &d4, &d5, &d6, &d7, &d8}) torch::stable::zero_(*t);
+    }
+    return {dx, d1, d2, d3, d4, d5, d6, d7, d8};
+  }
+
+  static void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var,
+                                   const MaybeTensor& num_batches_tracked, const Tensor& squeezed, const Tensor& mean,
+                                   const Tensor& var, std::optional<double> momentum) {
+    RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean);
+    Backend::update(running, mean, var, squeezed.size(0));
+  }
+};
+
+#define PARAMETER_SCHEMA                                                                                              \
+  "Tensor conv1_weight, Tensor? conv1_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "    \
+  "float eps, Tensor conv_h_weight, Tensor? conv_h_bias, Tensor conv_w_weight, Tensor? conv_w_bias, "
+
+// Every backend's operators, in a STABLE_TORCH_LIBRARY block.
+template <class Library> void define_operators(Library& m) {
+  m.def("attend(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip) -> Tensor");
+  m.def("attend_out(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip, *, Tensor(a!) out) -> ()");
+  m.def("attend_train(Tensor x, " PARAMETER_SCHEMA "int norm, int activation, bool skip) -> "
+        "(Tensor out, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)");
+  m.def("attend_train_update(Tensor x, " PARAMETER_SCHEMA "int norm, int activation, bool skip, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> "
+        "(Tensor out, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)");
+  m.def("attend_backward(Tensor grad, Tensor x, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var, "
+        "Tensor conv1_weight, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor conv_h_weight, Tensor conv_w_weight, "
+        "int norm, int activation, bool skip, int needs) -> (Tensor dx, Tensor dconv1_weight, Tensor dconv1_bias, "
+        "Tensor dbn_weight, Tensor dbn_bias, Tensor dconv_h_weight, Tensor dconv_h_bias, Tensor dconv_w_weight, "
+        "Tensor dconv_w_bias)");
+  m.def("update_running_stats(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+        "Tensor squeezed, Tensor mean, Tensor var, float? momentum) -> ()");
+  m.def("pool(Tensor x) -> Tensor");
+  m.def("pool_backward(Tensor grad, Tensor x) -> Tensor");
+  m.def("gate(Tensor x, Tensor s_h, Tensor s_w, bool skip) -> Tensor");
+  m.def("gate_backward(Tensor grad, Tensor x, Tensor s_h, Tensor s_w, bool skip) -> (Tensor dx, Tensor ds_h, Tensor ds_w)");
+}
+
+// Those of one backend, in a STABLE_TORCH_LIBRARY_IMPL block; pool, gate and their backward passes are the file's own.
+#define COORDATT_IMPLEMENT(m, Backend)                                                       \
+  m.impl("attend", TORCH_BOX(&Fused<Backend>::attend));                                      \
+  m.impl("attend_out", TORCH_BOX(&Fused<Backend>::attend_out));                              \
+  m.impl("attend_train", TORCH_BOX(&Fused<Backend>::attend_train));                          \
+  m.impl("attend_train_update", TORCH_BOX(&Fused<Backend>::attend_train_update));            \
+  m.impl("attend_backward", TORCH_BOX(&Fused<Backend>::attend_backward));                    \
+  m.impl("update_running_stats", TORCH_BOX(&Fused<Backend>::update_running_stats));          \
+  m.impl("pool", TORCH_BOX(&pool));                                                          \
+  m.impl("pool_backward", TORCH_BOX(&pool_backward));                                        \
+  m.impl("gate", TORCH_BOX(&gate));                                                          \
+  m.impl("gate_backward", TORCH_BOX(&gate_backward))
+
+}  // namespace bindings
+}  // namespace coordatt

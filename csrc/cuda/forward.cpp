@@ -1,0 +1,199 @@
+// Forward of a whole call: which kernels, in which cut, with which scratch memory.
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+
+#include "passes.h"
+
+namespace coordatt {
+namespace cuda {
+namespace {
+
+enum Way : int { automatic = -1, chain = 0, resident = 64 };  // 1 to 16: clusters of so many blocks
+std::atomic<int> forced{automatic};
+
+bool starts_aligned(const Map& m) { return ((uintptr_t)m.data & 15) == 0; }
+
+// Whether every image (and nhwc: every pixel) of the map starts at a multiple of 16 bytes.
+bool aligned(const Call& call, const Map& m) {
+  int64_t v = 16 / bytes_of(call.dtype);
+  return starts_aligned(m) && m.image % v == 0 && (!call.nhwc || m.step % v == 0);
+}
+
+// [N, groups, M, L], the most that any cut of this call makes.
+int64_t partial_bytes(const Call& call, int groups) {
+  const Shape& s = call.shape;
+  return round_up(s.n * groups * s.m * s.length() * acc_bytes_of(call.dtype), 256);
+}
+
+struct Plan {
+  Way way = chain;
+  Cut cut;
+  int clusters = 0;
+};
+
+// The clusters' size: rounds of images, each as long as a block's share takes plus what starts and ends it. The two
+// constants are an estimate that no device has confirmed.
+bool plan_one_pass(const ForwardArgs& f, const Device& device, const Run& run, Plan& plan) {
+  if (f.nhwc || device.max_cluster == 0 || !f.shape.m) return false;
+  constexpr double start = 3000, bytes_per_ns = 40;
+  double best = 0;
+  int wanted = forced.load();
+  for (int blocks = 1; blocks <= device.max_cluster; blocks *= 2) {
+    if (wanted >= 1 && wanted <= 16 && blocks != wanted) continue;
+    Cut cut = resident_cut(f, aligned(f, f.x), device, blocks, 3);
+    if (!cut.shared) continue;
+    OnePass a{};
+    (Call&)a = f;
+    int held = clusters_held(a, blocks, cut.shared, run);
+    if (!held) continue;
+    double rounds = (double)((f.shape.n + held - 1) / held), share = (double)cut.room.ring;
+    double crowd = (double)held * blocks / device.processors;
+    double time = rounds * (start + share * (crowd > 1 ? crowd : 1) / bytes_per_ns);
+    if (plan.way == chain || time < best) {
+      best = time;
+      plan.way = (Way)blocks;
+      plan.cut = cut;
+      plan.clusters = (int)(f.shape.n < held ? f.shape.n : held);
+    }
+  }
+  return plan.way != chain;
+}
+
+// Training in one launch: as few blocks to an image as hold it, if all of them run at a time.
+bool plan_resident(const ForwardArgs& f, const Device& device, const Run& run, Plan& plan) {
+  const Shape& s = f.shape;
+  for (int64_t blocks = 1; blocks <= s.c; blocks *= 2) {
+    if (s.n * blocks > 64 * (int64_t)device.processors) return false;
+    Cut cut = resident_cut(f, aligned(f, f.x), device, (int)blocks, 0);
+    if (!cut.shared) continue;
+    // Fewer blocks than SMs would leave some idle while there are channels to give them.
+    if (s.n * blocks * 2 <= device.processors && blocks * 2 <= s.c) continue;
+    OnePass a{};
+    (Call&)a = f;
+    a.geometry = cut.geometry;
+    if (training_blocks_held(a, cut.shared, run) < s.n * cut.geometry.groups) return false;
+    plan.way = resident;
+    plan.cut = cut;
+    return true;
+  }
+  return false;
+}
+
+const char* plan_of(const ForwardArgs& f, const Run& run, Plan& plan) {
+  const Device* device;
+  if (const char* why = device_of(run, device)) return why;
+  int wanted = forced.load();
+  bool training = f.saved.gates != nullptr;
+  if (wanted != chain) {
+    if (!training && wanted != resident && plan_one_pass(f, *device, run, plan)) return nullptr;
+    if (training && (wanted == automatic || wanted == resident) && plan_resident(f, *device, run, plan)) return nullptr;
+  }
+  plan.cut = stream_cut(f, aligned(f, f.x), *device, 1, 1);
+  return plan.cut.shared ? nullptr : "the map's lines do not fit into shared memory";
+}
+
+template <class P> P pass_of(const Call& call, const Cut& cut) {
+  P p{};
+  (Call&)p = call;
+  p.geometry = cut.geometry;
+  p.room = cut.room;
+  return p;
+}
+
+}  // namespace
+
+bool set_forward(const char* way) {
+  if (!*way) forced = automatic;
+  else if (!strcmp(way, "chain")) forced = chain;
+  else if (!strcmp(way, "resident")) forced = resident;
+  else if (!strncmp(way, "cluster:", 8) && strchr("1248", way[8]) && !way[9]) forced = way[8] - '0';
+  else if (!strcmp(way, "cluster:16")) forced = 16;
+  else return false;
+  return true;
+}
+
+const char* obstacle(const Call& call) {
+  if (call.shape.length() > max_length(call.dtype))
+    return call.dtype == DType::f64 ? "H + W is above 2048 (float64)" : "H + W is above 4096";
+  return nullptr;
+}
+
+size_t workspace_bytes(const ForwardArgs& f, const Run& run) {
+  Plan plan;
+  if (plan_of(f, run, plan)) return 0;
+  bool parts = plan.way == chain || plan.way == resident;
+  return parts ? (size_t)partial_bytes(f, plan.cut.geometry.groups) : 0;
+}
+
+const char* forward(const ForwardArgs& f, const RunningStatistics& running, const Run& run) {
+  Plan plan;
+  if (const char* why = plan_of(f, run, plan)) return why;
+  if (plan.way != chain) {
+    OnePass a = pass_of<OnePass>(f, plan.cut);
+    a.x = f.x;
+    a.out = f.out;
+    a.partial = run.workspace;
+    a.saved = f.saved;
+    a.running = running;
+    if (plan.way == resident) return launch_resident_training(a, plan.cut.shared, run);
+    return launch_one_pass(a, plan.way, plan.clusters, plan.cut.shared, run);
+  }
+  PoolPass pool = pass_of<PoolPass>(f, plan.cut);
+  pool.x = f.x;
+  pool.means = f.saved.pooled;
+  pool.partial = run.workspace;
+  if (const char* why = launch(pool, run)) return why;
+
+  GatePass gate = pass_of<GatePass>(f, plan.cut);
+  gate.x = f.x;
+  gate.out = f.out;
+  if (f.saved.gates) {
+    StatisticsPass statistics{};
+    (Call&)statistics = f;
+    statistics.geometry = plan.cut.geometry;
+    statistics.partial = run.workspace;
+    statistics.saved = f.saved;
+    statistics.running = running;
+    if (const char* why = launch(statistics, run)) return why;
+    gate.saved = f.saved;
+    gate.tracked = running.tracked;
+  } else {
+    gate.partial = run.workspace;
+  }
+  return launch(gate, run);
+}
+
+const char* update_running_stats(const RunningStatistics& running, const Call& call, const void* mean, const void* var,
+                                 int64_t rows, const Run& run) {
+  return launch(UpdatePass{call.dtype, (int)call.shape.m, rows, running, mean, var}, run);
+}
+
+// The passes alone, forward.
+
+const char* pool(const Call& call, const Map& x, const OutsideMiddle& means, const Run& run) {
+  const Device* device;
+  if (const char* why = device_of(run, device)) return why;
+  Call alone = call;
+  alone.shape.m = 1;
+  PoolPass a = pass_of<PoolPass>(alone, stream_cut(alone, aligned(call, x), *device, 1, 1));
+  a.x = x;
+  a.outside = means;
+  return launch(a, run);
+}
+
+const char* gate(const Call& call, const Map& x, const OutsideMiddle& logits, const Map& out, const Run& run) {
+  const Device* device;
+  if (const char* why = device_of(run, device)) return why;
+  Call alone = call;
+  alone.shape.m = 1;
+  GatePass a = pass_of<GatePass>(alone, stream_cut(alone, aligned(call, x), *device, 1, 1));
+  a.x = x;
+  a.out = out;
+  a.logits = logits;
+  return launch(a, run);
+}
+
+}  // namespace cuda
+}  // namespace coordatt
