@@ -4,7 +4,8 @@ lib/build.json.
 Environment: CXX, MAX_JOBS, DEBUG=1 (-O1 -g), SANITIZE=address,undefined, COORDATT_FAST_NO_BUILD=1 (skip on
 purpose). Where nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda) the library has CUDA kernels too:
 TORCH_CUDA_ARCH_LIST says for which GPUs, FORCE_CUDA=0 leaves them out, FORCE_CUDA=1 fails without nvcc. The
-library sees only libtorch's stable ABI and no Python, so one build serves every Python and every torch >= 2.11.
+library sees only libtorch's stable ABI and no Python, so one build serves every Python and every torch
+>= 2.11.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 AVX512_BY_NAME = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), AVX512[1]]
 
-# GPUs that the CUDA kernels are compiled for where TORCH_CUDA_ARCH_LIST says nothing, as far as nvcc knows them.
+# GPUs that the CUDA kernels are compiled for unless TORCH_CUDA_ARCH_LIST names others, where nvcc knows them.
 CUDA_ARCHS = "8.0 9.0 10.0 12.0+PTX"
 CUDA_NAMES = {"Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0 12.0+PTX"}
 # 128: the bodies of loops that one architecture has no use for.
@@ -138,7 +139,9 @@ class Cuda:
             for arch in CUDA_NAMES.get(name, name).split():
                 number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
                 if not number:
-                    raise SystemExit(f"coordatt_fast: TORCH_CUDA_ARCH_LIST has {arch!r}, expected such as 9.0 or 9.0+PTX")
+                    raise SystemExit(
+                        f"coordatt_fast: TORCH_CUDA_ARCH_LIST has {arch!r}, expected such as 9.0 or 9.0+PTX"
+                    )
                 digits = number[1] + number[2]
                 if f"compute_{digits}" not in known or int(digits) < 80:
                     if wanted:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ AUTO = "auto"
 
 # Triton reads this when it is imported; its kernels then also run, slowly, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") in ("1", "true", "on", "yes", "y")
-NO_CUDA = "not part of this version"
-# What auto takes beside cpu: backends whose tests have passed on a real device (make gpu).
+# What auto takes beside cpu, and cuda (whose table is csrc/cuda/verified.h): backends whose tests have passed
+# on a real device (make gpu).
 VERIFIED: frozenset[str] = frozenset()
 TRITON_DEVICES = ("cuda", "xpu")
 
@@ -28,10 +29,6 @@ class Backend:
 
     available: bool
     reason: str
-
-
-def unverified(name: str) -> str:
-    return f"auto leaves out {name!r}, which has not passed its tests on a GPU yet: choose it by name"
 
 
 @functools.cache
@@ -55,8 +52,56 @@ def triton_obstacle(kind: str) -> str | None:
     return _import_triton()
 
 
+@functools.cache
+def built_with_cuda() -> dict | None:
+    """What the library says of its CUDA kernels ("built"; "verified": [way, architecture]); None without."""
+    loaded = library.load().loaded
+    return json.loads(torch.ops.coordatt_fast.build_info())["cuda"] if loaded else None
+
+
+def cuda_obstacle(kind: str) -> str | None:
+    """Why the CUDA kernels cannot take tensors on this kind of device; None when they can."""
+    if kind != "cuda":
+        return f"it takes CUDA tensors, x is on {kind}"
+    if not library.load().loaded:
+        return library.load().reason
+    return None if built_with_cuda() else "the library was built without CUDA (no nvcc, or FORCE_CUDA=0)"
+
+
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _verified(name: str, kind: str, index: int) -> bool:
+    if name == "triton":
+        return name in VERIFIED
+    return ["chain", _architecture(index)] in built_with_cuda()["verified"]
+
+
+def serving(name: str, kind: str, index: int | None, long: bool) -> tuple[str | None, str]:
+    """The backend that serves a map on this device where name was chosen; else None, and why there is none.
+
+    long: H + W is beyond what the CUDA kernels take. auto takes cuda, then triton, each only where its tests
+    have passed: cuda on that architecture, triton at all.
+    """
+    reasons = []
+    for backend, obstacle in (("cuda", cuda_obstacle), ("triton", triton_obstacle)):
+        if name not in (AUTO, backend):
+            continue
+        if (why := obstacle(kind)) is None and backend == "cuda" and long:
+            why = "H + W is above 4096 (2048 in float64)"
+        if why is None and name == AUTO and not _verified(backend, kind, index or 0):
+            why = "it has not passed its tests on such a GPU yet; choose it by name"
+        if why is None:
+            return backend, ""
+        reasons.append(why if name == backend else f"auto leaves out {backend!r}: {why}")
+    return None, "; ".join(reasons)
+
+
 # What torch.compiler.assume_constant_result does, without importing the compiler.
-triton_obstacle._dynamo_marked_constant = True
+serving._dynamo_marked_constant = True
 
 
 def _triton() -> tuple[bool, str]:
@@ -69,10 +114,20 @@ def _triton() -> tuple[bool, str]:
         device = getattr(torch, kind, None)
         if device is not None and device.is_available():
             reason = f"{version}, {device.get_device_name()}"
-            return True, reason if "triton" in VERIFIED else f"{reason}; {unverified('triton')}"
+            return True, reason if "triton" in VERIFIED else f"{reason}; not yet verified, so not under auto"
     if INTERPRETED:
         return True, f"{version}, its interpreter on CPU tensors (TRITON_INTERPRET=1)"
     return False, f"{version}, but there is no GPU"
+
+
+def _cuda() -> tuple[bool, str]:
+    if why := cuda_obstacle("cuda"):
+        return False, why
+    kernels = f"compiled library, CUDA {built_with_cuda()['built']}"
+    if not torch.cuda.is_available():
+        return False, f"{kernels}, but torch finds no GPU"
+    reason = f"{kernels}, {torch.cuda.get_device_name()}"
+    return True, reason if _verified("cuda", "cuda", 0) else f"{reason}; not yet verified, so not under auto"
 
 
 def backends() -> dict[str, Backend]:
@@ -85,7 +140,7 @@ def backends() -> dict[str, Backend]:
     )
     return {
         "cpu": Backend(loaded.loaded, cpu),
-        "cuda": Backend(False, NO_CUDA),
+        "cuda": Backend(*_cuda()),
         "triton": Backend(*_triton()),
         "reference": Backend(True, "plain PyTorch"),
     }

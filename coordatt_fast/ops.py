@@ -16,7 +16,7 @@ from torch.autograd import Function, forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from coordatt_fast import library, reference
-from coordatt_fast.backends import INTERPRETED, choice
+from coordatt_fast.backends import INTERPRETED, built_with_cuda, choice, serving
 
 NORM_NONE, NORM_GIVEN, NORM_BATCH = 0, 1, 2
 _NAMES = tuple(reference.ACTIVATIONS)
@@ -89,13 +89,27 @@ LOADED = library.load().loaded
 _triton_library = _define_triton()
 _triton = _Operators("triton", torch.ops.coordatt_fast_triton)
 _cpu = _Operators("cpu", torch.ops.coordatt_fast) if LOADED else None
+# The same operators, by dispatch.
+_cuda = _Operators("cuda", torch.ops.coordatt_fast) if built_with_cuda() else None
 
 
 def operators(x) -> _Operators:
     """What computes a call on x that plan.obstacle lets through."""
     if x.is_cpu and not (INTERPRETED and choice.name == "triton"):
         return _cpu
-    return _triton
+    device = x.device
+    served, _ = serving(choice.name, device.type, device.index, is_long(x))
+    return _cuda if served == "cuda" else _triton
+
+
+def is_long(x) -> bool:
+    """Whether x's lines are beyond what a block of the CUDA kernels has room for."""
+    return x.shape[2] + x.shape[3] > (2048 if x.dtype is torch.float64 else 4096)
+
+
+def cuda_forward_way(x, mid: int, training: bool) -> str:
+    """How the CUDA kernels go forward: "chain" of launches, or one launch: "cluster:K", "resident"."""
+    return _cuda.packets.cuda_forward_way(x, mid, training)
 
 
 # Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is

@@ -24,15 +24,7 @@ from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from coordatt_fast import checks, library, ops
-from coordatt_fast.backends import (
-    AUTO,
-    NO_CUDA,
-    TRITON_DEVICES,
-    VERIFIED,
-    choice,
-    triton_obstacle,
-    unverified,
-)
+from coordatt_fast.backends import AUTO, choice, serving
 from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
 from coordatt_fast.reference import ACTIVATIONS
 
@@ -72,7 +64,7 @@ class Plan:
     """How one call of a CoordAtt runs.
 
     tier: "fused", "hybrid" or "reference"; "original" where an accelerated module runs its own forward.
-    backend: "cpu", "triton" or "reference".
+    backend: "cpu", "cuda", "triton" or "reference".
     reason: in words.
     passes: over full-size tensors, "forward" and, where a gradient is recorded, "backward".
     bytes: what these passes move for this x.
@@ -114,7 +106,7 @@ def obstacle(x) -> str | None:
         name = choice.name
         if x.is_cpu and ops.LOADED and (name == AUTO or name == "cpu"):
             return None
-        why = _backend_obstacle(name, x.device.type)
+        why = _backend_obstacle(name, x)
         if why is None:
             return None
     if choice.name not in (AUTO, "reference"):
@@ -122,17 +114,14 @@ def obstacle(x) -> str | None:
     return why
 
 
-def _backend_obstacle(name: str, kind: str) -> str | None:
-    """Why the backend of this name, or under auto every backend, cannot take a map on this kind of device."""
+def _backend_obstacle(name: str, x) -> str | None:
+    """Why the backend of this name, or under auto every backend, cannot take x."""
+    kind = x.device.type
     if name == "reference":
         return "this backend was chosen"
-    if name == "cuda":
-        return NO_CUDA
-    if name == "triton" or (name == AUTO and kind != "cpu"):
-        if name == AUTO and kind in TRITON_DEVICES and "triton" not in VERIFIED:
-            return unverified("triton")
-        return triton_obstacle(kind)
-    return library.load().reason if kind == "cpu" else f"it takes CPU tensors, x is on {kind}"
+    if name == "cpu" or (name == AUTO and kind == "cpu"):
+        return library.load().reason if kind == "cpu" else f"it takes CPU tensors, x is on {kind}"
+    return serving(name, kind, x.device.index, ops.is_long(x))[1] or None
 
 
 def dtype_obstacle(x: Tensor, tensors: tuple, names: tuple) -> str | None:
@@ -381,7 +370,13 @@ def explain(module: Module, x: Tensor) -> Plan:
     ):
         del passes["backward"]
     backend = ops.operators(x).name if tier in (FUSED, HYBRID) else REFERENCE
-    if tier == FUSED and backend == "triton" and x.numel():
-        passes = _counted(passes, found[0][0].shape[0], x)
+    if tier == FUSED and x.numel():
+        if backend == "triton":
+            passes = _counted(passes, found[0][0].shape[0], x)
+        elif backend == "cuda" and not x.is_meta:
+            training = "backward" in passes or found[1] == NORM_BATCH
+            way = ops.cuda_forward_way(x, found[0][0].shape[0], training)
+            reason = f"{reason}; forward by {way}"
+            passes["forward"] = passes["forward"] if way == "chain" else Passes(1, 1)
     moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
     return Plan(tier, backend, reason, passes, moved)

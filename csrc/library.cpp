@@ -3,21 +3,31 @@
 #include "cpu/kernels.h"
 #ifdef COORDATT_CUDA
 #include "cuda/kernels.h"
+#include "cuda/verified.h"
 #endif
 
 namespace coordatt {
 namespace bindings {
 namespace {
 
+// What the library was built with for CUDA, and on which architectures its ways forward have been verified.
+std::string cuda_built() {
 #ifdef COORDATT_CUDA
-constexpr const char* cuda_built = "\"" COORDATT_CUDA "\"";
+  std::string text = "{\"built\": \"" COORDATT_CUDA "\", \"verified\": [", comma;
+  for (const cuda::Verified& v : cuda::verified) {
+    if (!v.arch) continue;
+    text += comma + "[\"" + v.way + "\", " + std::to_string(v.arch) + "]";
+    comma = ", ";
+  }
+  return text + "]}";
 #else
-constexpr const char* cuda_built = "null";
+  return "null";
 #endif
+}
 
 std::string build_info() {
   return std::string("{\"version\": \"" COORDATT_VERSION "\", \"torch_built\": \"" COORDATT_TORCH_BUILT "\", \"compiler\": \"") +
-         COORDATT_COMPILER "\", \"simd_compiled\": \"" + compiled_levels() + "\", \"cuda\": " + cuda_built + "}";
+         COORDATT_COMPILER "\", \"simd_compiled\": \"" + compiled_levels() + "\", \"cuda\": " + cuda_built() + "}";
 }
 
 std::string simd_level() { return kernels().level; }
@@ -29,7 +39,7 @@ void set_simd_level(std::string level) {
 
 void set_cuda_forward(std::string way) {
 #ifdef COORDATT_CUDA
-  CHECK(cuda::set_forward(way.c_str()), "'", way, "' is no way forward: expected '', chain, cluster:1 to cluster:16 or resident");
+  CHECK(cuda::set_forward(way.c_str()), "'", way, "' is no way forward: expected '', any, chain, cluster:1, :2, :4, :8, :16 or resident");
 #else
   CHECK(false, "this library was built without CUDA, '", way, "' cannot be set");
 #endif
@@ -43,6 +53,7 @@ STABLE_TORCH_LIBRARY(coordatt_fast, m) {
   m.def("simd_level() -> str");
   m.def("set_simd_level(str level) -> ()");
   m.def("set_cuda_forward(str way) -> ()");
+  m.def("cuda_forward_way(Tensor x, int mid, bool training) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CompositeExplicitAutograd, m) {

@@ -172,14 +172,32 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tenso
   return {dx, ds_h, ds_w};
 }
 
+std::string forward_way(const Tensor& x, int64_t mid, bool training) {
+  ForwardArgs args{};
+  (Call&)args = call_of(x, training ? 2 : 1, 0, false);
+  check_map_fits(args);
+  args.shape.m = mid;
+  Tensor in = native(x, args.nhwc);
+  args.x = map_of(in, args.nhwc);
+  if (training) args.saved.gates = in.mutable_data_ptr();
+  Here here(x);
+  return cuda::way_of(args, here.run);
+}
+
 }  // namespace
 
 #ifdef COORDATT_ON_CPU
-STABLE_TORCH_LIBRARY(coordatt_fast_cuda_on_cpu, m) { define_operators(m); }
-STABLE_TORCH_LIBRARY_IMPL(coordatt_fast_cuda_on_cpu, CPU, m) { COORDATT_IMPLEMENT(m, Cuda); }
+STABLE_TORCH_LIBRARY(coordatt_fast_cuda_on_cpu, m) {
+  define_operators(m);
+  m.def("cuda_forward_way(Tensor x, int mid, bool training) -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(coordatt_fast_cuda_on_cpu, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CUDA, m) { COORDATT_IMPLEMENT(m, Cuda); }
+STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CUDA, m) {
 #endif
+  COORDATT_IMPLEMENT(m, Cuda);
+  m.impl("cuda_forward_way", TORCH_BOX(&forward_way));
+}
 
 }  // namespace bindings
 }  // namespace coordatt

@@ -5,12 +5,13 @@
 #include <atomic>
 
 #include "passes.h"
+#include "verified.h"
 
 namespace coordatt {
 namespace cuda {
 namespace {
 
-enum Way : int { automatic = -1, chain = 0, resident = 64 };  // 1 to 16: clusters of so many blocks
+enum Way : int { automatic = -2, any = -1, chain = 0, resident = 64 };  // 1 to 16: clusters of so many blocks
 std::atomic<int> forced{automatic};
 
 bool starts_aligned(const Map& m) { return ((uintptr_t)m.data & 15) == 0; }
@@ -86,10 +87,11 @@ const char* plan_of(const ForwardArgs& f, const Run& run, Plan& plan) {
   if (const char* why = device_of(run, device)) return why;
   int wanted = forced.load();
   bool training = f.saved.gates != nullptr;
-  if (wanted != chain) {
-    if (!training && wanted != resident && plan_one_pass(f, *device, run, plan)) return nullptr;
-    if (training && (wanted == automatic || wanted == resident) && plan_resident(f, *device, run, plan)) return nullptr;
-  }
+  const char* one_launch = training ? "resident" : "cluster";
+  bool allowed = wanted == any || (wanted == automatic && is_verified(one_launch, device->arch));
+  if (training && (allowed || wanted == resident) && plan_resident(f, *device, run, plan)) return nullptr;
+  bool forced_cluster = wanted >= 1 && wanted <= 16;
+  if (!training && (allowed || forced_cluster) && plan_one_pass(f, *device, run, plan)) return nullptr;
   plan.cut = stream_cut(f, aligned(f, f.x), *device, 1, 1);
   return plan.cut.shared ? nullptr : "the map's lines do not fit into shared memory";
 }
@@ -106,9 +108,13 @@ template <class P> P pass_of(const Call& call, const Cut& cut) {
 
 bool set_forward(const char* way) {
   if (!*way) forced = automatic;
+  else if (!strcmp(way, "any")) forced = any;
   else if (!strcmp(way, "chain")) forced = chain;
   else if (!strcmp(way, "resident")) forced = resident;
-  else if (!strncmp(way, "cluster:", 8) && strchr("1248", way[8]) && !way[9]) forced = way[8] - '0';
+  else if (!strcmp(way, "cluster:1")) forced = 1;
+  else if (!strcmp(way, "cluster:2")) forced = 2;
+  else if (!strcmp(way, "cluster:4")) forced = 4;
+  else if (!strcmp(way, "cluster:8")) forced = 8;
   else if (!strcmp(way, "cluster:16")) forced = 16;
   else return false;
   return true;
@@ -118,6 +124,20 @@ const char* obstacle(const Call& call) {
   if (call.shape.length() > max_length(call.dtype))
     return call.dtype == DType::f64 ? "H + W is above 2048 (float64)" : "H + W is above 4096";
   return nullptr;
+}
+
+const char* way_of(const ForwardArgs& f, const Run& run) {
+  Plan plan;
+  if (const char* why = plan_of(f, run, plan)) return why;
+  switch ((int)plan.way) {
+    case chain: return "chain";
+    case resident: return "resident";
+    case 1: return "cluster:1";
+    case 2: return "cluster:2";
+    case 4: return "cluster:4";
+    case 8: return "cluster:8";
+    default: return "cluster:16";
+  }
 }
 
 size_t workspace_bytes(const ForwardArgs& f, const Run& run) {

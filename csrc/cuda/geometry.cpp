@@ -13,7 +13,6 @@ int64_t clamp(int64_t v, int64_t low, int64_t high) { return v < low ? low : v >
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t stage_target = 16384;  // bytes: 48 to 64 KB on their way to each SM keep a GPU's memory busy
-constexpr int64_t chunk_target = 16384;  // bytes of the middle at a time
 
 // Channels whose planes are together a multiple of 16 bytes, so that groups start aligned where the map does.
 int64_t unit_of(const Call& call) {
@@ -24,16 +23,23 @@ int64_t unit_of(const Call& call) {
 
 int vector_of(const Call& call) { return 16 / bytes_of(call.dtype); }
 
+Cut cut_of(const Call& call) {
+  const Shape& s = call.shape;
+  Cut cut;
+  Geometry& g = cut.geometry;
+  g.n = (int)s.n, g.c = (int)s.c, g.h = (int)s.h, g.w = (int)s.w, g.m = (int)s.m, g.l = (int)s.length();
+  return cut;
+}
+
 // Sizes that follow from the group and the pieces.
 void finish(Geometry& g, const Call& call, bool aligned) {
   const Shape& s = call.shape;
   int v = vector_of(call);
-  g.n = (int)s.n, g.c = (int)s.c, g.h = (int)s.h, g.w = (int)s.w, g.m = (int)s.m, g.l = (int)s.length();
   g.groups = (int)ceil_div(s.c, g.group);
   if (call.nhwc) {
     g.vectors = s.c % v == 0 && g.group % v == 0;
     g.copies = aligned && g.vectors ? g.group / v : 0;
-    g.pitch = (int)round_up(g.group, 4);
+    g.pitch = (int)(g.vectors ? round_up(g.group, 4) : g.group);
     g.column = 0;
   } else {
     // In narrow maps the lanes of a warp find their gates in different banks; only wide ones gain from vectors of gates.
@@ -83,6 +89,11 @@ void set_pieces(Geometry& g, const Call& call, int64_t target) {
   g.stage_bytes = (int)round_up(channels * g.piece_rows * s.w * bytes + 32, 128);  // the window around an unaligned run
 }
 
+// Lines of the middle at a time, of about target bytes.
+int chunk_of(const Call& call, int64_t target) {
+  return (int)clamp(target / (call.shape.m * acc_bytes_of(call.dtype)) / 4 * 4, 4, round_up(call.shape.length(), 4));
+}
+
 int pieces_of(const Geometry& g, bool nhwc) {
   int64_t down = ceil_div(g.h, g.piece_rows);
   return (int)(nhwc ? down : down * ceil_div(g.group, g.piece_channels));
@@ -99,37 +110,41 @@ Cut stream_cut(const Call& call, bool aligned, const Device& device, int arrays,
   if (group < (int64_t)sqrt(parts)) group = (int64_t)sqrt(parts);
   if (call.nhwc && group < 128 / bytes) group = 128 / bytes;  // whole cache lines of a pixel's channels
   group = clamp(round_up(group, unit), 1, s.c);
-  Cut cut;
+  Cut cut = cut_of(call);
   Geometry& g = cut.geometry;
-  g.chunk = (int)clamp(chunk_target / (s.m * acc) / 4 * 4, 4, round_up(s.length(), 4));
-  // What is preferred is given up in turn: three blocks to an SM, four stages, the size of the group.
-  for (int budget : {device.shared_per_processor / blocks_per_processor - 1024, device.shared_memory}) {
-    for (g.group = (int)group;; g.group = (int)(g.group > 2 * unit ? round_up(g.group / 2, unit) : g.group / 2)) {
-      if (g.group < 1) break;
-      set_pieces(g, call, stage_target / sources);
-      for (g.stages = 4; g.stages >= 1; --g.stages) {
-        finish(g, call, aligned);
-        int pieces = pieces_of(g, call.nhwc);
-        if (g.stages > pieces) g.stages = pieces;
-        cut.room = room_of(g, call, 0);
-        cut.shared = cut.room.total(arrays, sources);
-        if (cut.shared <= budget && (g.stages >= 2 || g.stages == pieces || budget == device.shared_memory)) return cut;
-      }
-      if (g.group * 4 < group && budget != device.shared_memory) break;
+  auto fits = [&](int64_t target, int budget, bool one_stage) {
+    g.chunk = chunk_of(call, target);
+    set_pieces(g, call, target / sources);
+    int pieces = pieces_of(g, call.nhwc);
+    for (g.stages = pieces < 4 ? pieces : 4; g.stages >= 1; --g.stages) {
+      if (g.stages == 1 && pieces > 1 && !one_stage) break;
+      finish(g, call, aligned);
+      cut.room = room_of(g, call, 0);
+      cut.shared = cut.room.total(arrays, sources);
+      if (cut.shared <= budget) return true;
     }
-  }
-  cut.shared = 0;
+    cut.shared = 0;
+    return false;
+  };
+  auto half = [&](int64_t from) { return from > 2 * unit ? round_up(from / 2, unit) : from / 2; };
+  // Given up in turn: three blocks to an SM with as large a group; the group's size; the pieces' size.
+  int shared_budget = device.shared_per_processor / blocks_per_processor - 1024;
+  for (g.group = (int)group; g.group * 4 >= group && g.group >= 1; g.group = (int)half(g.group))
+    if (fits(stage_target, shared_budget, false)) return cut;
+  for (int64_t target = stage_target; target >= 1024; target /= 4)
+    for (g.group = (int)group; g.group >= 1; g.group = (int)half(g.group))
+      if (fits(target, device.shared_memory, target < stage_target || g.group == 1)) return cut;
   return cut;
 }
 
 Cut resident_cut(const Call& call, bool aligned, const Device& device, int blocks, int middles) {
   const Shape& s = call.shape;
-  int64_t acc = acc_bytes_of(call.dtype), unit = call.nhwc ? vector_of(call) : unit_of(call), group = ceil_div(s.c, blocks);
+  int64_t unit = call.nhwc ? vector_of(call) : unit_of(call), group = ceil_div(s.c, blocks);
   if (round_up(group, unit) * (blocks - 1) < s.c) group = round_up(group, unit);
-  Cut cut;
+  Cut cut = cut_of(call);
   Geometry& g = cut.geometry;
   g.group = (int)group;
-  g.chunk = (int)(middles ? s.length() : clamp(chunk_target / (s.m * acc) / 4 * 4, 4, round_up(s.length(), 4)));
+  g.chunk = middles ? (int)s.length() : chunk_of(call, stage_target);
   set_pieces(g, call, stage_target);
   if (!call.nhwc && g.piece_rows < s.h) {  // whole planes
     g.piece_rows = (int)s.h;

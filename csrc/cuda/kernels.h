@@ -44,9 +44,13 @@ size_t workspace_bytes(const BackwardArgs&, const Run&);
 // Null, or why maps of this kind are left to others.
 const char* obstacle(const Call&);
 
-// How inference and training go forward: "" as measured to be best, "chain" in separate passes, "cluster:K" in one pass over
-// clusters of K blocks, "resident" in one cooperative launch; where the forced way does not fit, "chain". False: no such way.
+// How inference and training go forward: "" the estimated fastest of the ways verified on the device (verified.h), "any" of
+// all; "chain" in separate passes, "cluster:K" (inference) in one over clusters of K blocks, "resident" (training) in one
+// cooperative launch; "chain" where a forced way does not fit. False: no such way.
 bool set_forward(const char* way);
+
+// The way that this call would go; saved.gates not null: in training.
+const char* way_of(const ForwardArgs&, const Run&);
 
 }  // namespace cuda
 }  // namespace coordatt

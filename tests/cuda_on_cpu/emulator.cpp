@@ -415,7 +415,7 @@ void copy_arrive(uint64_t* b) { add_copy({std::exchange(self->copies, {}), b, se
 
 const void* cluster_address(const void* p, int rank) {
   Block* b = self->block->cluster->blocks[rank];
-  if (!b->shared) fail("a block has left the cluster while others read its shared memory");
+  if (!b->live) fail("a block has left the cluster while others read its shared memory");
   return b->shared + ((const char*)p - here.shared);
 }
 

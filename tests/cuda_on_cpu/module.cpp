@@ -25,7 +25,7 @@ PYBIND11_MODULE(coordatt_cuda_on_cpu, m) {
   m.def("sites", &emulator::sites, "file:line of every waiting statement that has been reached.");
   m.def("set_device", [](int arch, int processors, int shared_memory) {
     settings.device = {arch, processors, shared_memory, shared_memory + 1024, arch >= 90 ? 16 : 0};
-  });
+  }, pybind11::arg("arch"), pybind11::arg("processors"), pybind11::arg("shared_memory"));
   m.def("set_forward", &coordatt::cuda::set_forward);
   m.def("launches", &emulator::launches, "Names and sizes of the launches since the last call.");
 }

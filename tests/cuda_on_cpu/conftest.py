@@ -1,0 +1,46 @@
+"""The CUDA kernels, run on the CPU by emulator.h: every test here has them in the CPU kernels' place."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # checking, build
+
+import checking
+
+
+@pytest.fixture(scope="session")
+def module():
+    """The emulated module with its operators, built and imported once."""
+    from build import build
+    from coordatt_fast import ops
+
+    spec = importlib.util.spec_from_file_location("coordatt_cuda_on_cpu", build())
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    found.operators = ops._Operators("cuda", torch.ops.coordatt_fast_cuda_on_cpu)
+    ops._register(found.operators)
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulator(module):
+    """The emulated kernels in the place of the CPU's."""
+    from coordatt_fast import ops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_cpu", module.operators)
+        patch.setattr(ops, "_cuda", module.operators)
+        patch.setattr(ops, "LOADED", True)
+        checking.reset(module)
+        yield module
+
+
+@pytest.fixture(autouse=True)
+def fresh(emulator):
+    checking.reset(emulator)
+    yield
+    checking.reset(emulator)
