@@ -73,8 +73,8 @@ def perform(job: dict, runtimes, share: float) -> dict:
     worst the job is skipped.
     """
     from bench import instances, whole_network
+    from bench.baselines import COMPILED
     from bench.cases import Case
-    from bench.rivals import COMPILED
 
     if share < 0.1 * job["expected"]:
         return {"kind": "skipped", "job": job}
