@@ -243,3 +243,11 @@ def test_gpu_traffic_puts_predictions_beside_measurements():
     found = {"shape": [1, 8, 7, 7], "dtype": "float32", "layout": "nchw", "launches": launches, "reason": ""}
     lines = gpu_traffic.table(found | {"predicted": predicted}).splitlines()
     assert "predicted" in lines[1] and "predicted" not in lines[2]
+
+
+def test_probe_prints_its_times(capsys):
+    from bench import probe
+
+    probe.main(["--rounds", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "channels" in line] == [str(c) for c in probe.CHANNELS]
