@@ -61,13 +61,13 @@ EXACT_MALLOC = {
 }
 LEGEND = """
 Images a second, as many at once as the heading says; in brackets the time added over the network without
-attention. Pages: how malloc treats outputs above 16 MB (fresh: mapped anew on each call; kept: used again).
-Training is forward, loss and backward. Multiply-adds: of convolutions and matrix products, one image,
-torch.utils.flop_counter halved. Memory: the largest resident size during one call less that before it, in a
-process of its own where nothing freed is kept. CoordAtt is compiled block by block, in its mean() form, inside the eager network. SE,
-CBAM and global context squeeze to max(8, C // 24) channels, CoordAtt to max(8, C // 32), as in its paper.
-Strip pooling has three full convolutions C -> C in each place: it was made for a few places in large
-networks.
+attention. Pages: how malloc treats outputs above 16 MB (fresh: mapped anew on each call; kept: used
+again). Training is forward, loss and backward. Multiply-adds: of convolutions and matrix products, one
+image, torch.utils.flop_counter halved. Memory: the largest resident size during one call less that before
+it, in a process of its own where nothing freed is kept. CoordAtt is compiled block by block, in its
+mean() form, inside the eager network. SE, CBAM and global context squeeze to max(8, C // 24) channels,
+CoordAtt to max(8, C // 32), as in its paper. Strip pooling has three full convolutions C -> C in each
+place: it was made for a few places in large networks.
 """
 
 
