@@ -3,6 +3,7 @@ initialisation.
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import tolerances
@@ -133,7 +134,8 @@ def test_attention_follows_the_depthwise_convolution():
                 assert [m.kernel_size for m in after] == ([(1, 1)] if projects else [])
 
 
-def test_the_table_of_the_benchmark_agrees():
+def test_the_table_of_the_benchmark_agrees(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent))
     networks = pytest.importorskip("bench.networks")
     for name, table in (
         ("mobilenet_v2_ca", "mobilenetv2"),
