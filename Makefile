@@ -1,5 +1,6 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
+# make bench-rivals  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
 # make bench-micro   pytest-benchmark suites, one per pass
 # make aot           the Triton kernels compiled for GPUs that are not here
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
@@ -10,15 +11,17 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-REQUIREMENTS := $(wildcard requirements/*.txt)
+NO_DEPS := requirements/no-deps.txt
+REQUIREMENTS := $(filter-out $(NO_DEPS),$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-micro aot gpu lint clean
+.PHONY: venv test bench bench-rivals bench-micro aot gpu lint clean
 
 venv: .venv/built
 
-.venv/installed: $(REQUIREMENTS)
+.venv/installed: $(REQUIREMENTS) $(NO_DEPS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(addprefix -r ,$(REQUIREMENTS))
+	$(BIN)/python -m pip install --quiet --no-deps -r $(NO_DEPS)
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES)
@@ -30,6 +33,9 @@ test: venv
 
 bench: venv
 	$(BIN)/python -m bench.throughput $(ARGS)
+
+bench-rivals: venv
+	$(BIN)/python -m bench.rivals $(ARGS)
 
 bench-micro: venv
 	$(BIN)/pytest bench/micro $(ARGS)

@@ -85,3 +85,22 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
                 fresh = torch.empty(tensor.shape).uniform_(low, high, generator=generator)
                 tensor.detach().copy_(fresh)
     return module
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def settle_statistics(model: nn.Module, images: Tensor) -> None:
+    """Run ``images`` through once in training mode with momentum 1, so that eval sees the photographs'
+    statistics."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    was_training = model.training
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(was_training)

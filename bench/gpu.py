@@ -28,9 +28,9 @@ import torch._functorch.config
 
 import coordatt_fast
 from bench import gpu_cases, gpu_report, gpu_traffic, machine
+from bench.baselines import local
 from bench.cases import LAYOUTS, Case
 from bench.lab import ROOT
-from bench.rivals import local
 
 # MobileNetV2's stages and YOLO's head, channels x height x width.
 SHAPES = ((96, 56, 56), (192, 28, 28), (384, 14, 14), (960, 7, 7), (128, 80, 80), (256, 20, 20))

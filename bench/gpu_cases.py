@@ -12,9 +12,9 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from bench import checks, rivals
+from bench import baselines, checks
+from bench.baselines import COMPILED, OURS
 from bench.cases import Case
-from bench.rivals import COMPILED, OURS
 from bench.timing import Contestant, Local, race
 
 COPY = "copy"
@@ -108,7 +108,7 @@ def measure(case: Case, names: list[str], rounds: int, block: float) -> Result:
             plain = kind.plain()
             grad = g if kind is training else None
             exact = checks.truth(plain, x, grad, case.device)
-            allowed = checks.errors(checks.results(*rivals.local("eager", plain, kind), x, grad), exact)
+            allowed = checks.errors(checks.results(*baselines.local("eager", plain, kind), x, grad), exact)
             for name in (OURS, *names):
                 try:
                     enter(kind, name, plain, x, grad, g, exact, allowed, graphed, entered, result)
@@ -131,7 +131,7 @@ def measure(case: Case, names: list[str], rounds: int, block: float) -> Result:
 
 def enter(kind: Case, name, plain, x, grad, g, exact, allowed, graphed, entered, result) -> None:
     """Build, check and enter one contestant in this mode's phases, also graphed where launches decide."""
-    function, module = rivals.local(name, plain, kind)
+    function, module = baselines.local(name, plain, kind)
     found = checks.errors(checks.results(function, module, x, grad), exact)
     factor = checks.OWN_FACTOR if name == OURS else checks.RIVAL_FACTOR
     verdict = checks.judge(found, allowed, x.dtype, factor)
@@ -142,7 +142,7 @@ def enter(kind: Case, name, plain, x, grad, g, exact, allowed, graphed, entered,
         phases = {"eval": (partial(function, x), torch.inference_mode)}
         if name == OURS:
             with torch.inference_mode():
-                result.backend = rivals.coordatt_fast.explain(module, x).backend
+                result.backend = baselines.coordatt_fast.explain(module, x).backend
     else:
         phases = calls(name, function, module, x, g)
     for phase, (call, around) in phases.items():

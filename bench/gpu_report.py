@@ -3,9 +3,9 @@
 import math
 from statistics import geometric_mean
 
+from bench.baselines import COMPILED
 from bench.cases import DTYPES
 from bench.gpu_cases import COPY, GRAPHED, PHASES
-from bench.rivals import COMPILED
 
 LARGE = 128 << 20  # bytes of a map that no L2 holds
 

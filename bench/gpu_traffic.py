@@ -16,9 +16,9 @@ import sys
 import torch
 
 import coordatt_fast
+from bench.baselines import ours
 from bench.cases import DTYPES, LAYOUTS, Case
 from bench.lab import ROOT
-from bench.rivals import ours
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3}

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import coordatt_fast
-from bench import checks, machine, rivals
+from bench import baselines, checks, machine
+from bench.baselines import CLONE, FOREIGN, OURS, OURS_OUT
 from bench.cases import Case
 from bench.foreign import Foreign
-from bench.rivals import CLONE, FOREIGN, OURS, OURS_OUT
 from bench.timing import LARGE_OUTPUT, Contestant, Local, Race, race
 
 
@@ -77,7 +77,7 @@ class Bout:
         self.x = case.tensor(1)
         self.g = case.tensor(2) if case.mode == "train" else None
         self.exact = checks.truth(self.plain, self.x, self.g)
-        baseline, module = rivals.local("eager", self.plain, case)
+        baseline, module = baselines.local("eager", self.plain, case)
         self.plain_errors = checks.errors(checks.results(baseline, module, self.x, self.g), self.exact)
         self.contestants: dict[str, Contestant] = {}
         self.errors: dict[str, dict[str, float]] = {}
@@ -104,7 +104,7 @@ class Bout:
             self.contestants[name] = contestant
 
     def local(self, name: str, make: Callable[[], tuple] | None) -> tuple[dict[str, Tensor], Local]:
-        function, module = make() if make else rivals.local(name, self.plain, self.case)
+        function, module = make() if make else baselines.local(name, self.plain, self.case)
         found = checks.results(function, module, self.x, self.g)
         if self.g is None:
             return found, Local(partial(function, self.x), torch.inference_mode, synchroniser(self.case))
@@ -114,7 +114,7 @@ class Bout:
     def foreign(self, name: str) -> tuple[dict[str, Tensor], Foreign]:
         model = self.folder / f"{self.case.name}.onnx"
         if not model.exists():
-            rivals.export(self.plain, self.x, model)
+            baselines.export(self.plain, self.x, model)
         runtime = self.runtimes.get(name)
         return {"output": torch.from_numpy(runtime.load(model, self.x.numpy()))}, runtime
 
@@ -140,7 +140,7 @@ def measure(
         warnings.filterwarnings("ignore", module="torch")
         bout = Bout(case, runtimes, Path(folder))
         bout.enter(OURS, make_ours)
-        plan = explain(rivals.ours(bout.plain, case), bout.x, case.mode == "train")
+        plan = explain(baselines.ours(bout.plain, case), bout.x, case.mode == "train")
         result = {
             "kind": "instance",
             "case": case.as_dict(),

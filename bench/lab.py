@@ -73,8 +73,8 @@ def perform(job: dict, runtimes, share: float) -> dict:
     worst the job is skipped.
     """
     from bench import instances, whole_network
+    from bench.baselines import COMPILED
     from bench.cases import Case
-    from bench.rivals import COMPILED
 
     if share < 0.1 * job["expected"]:
         return {"kind": "skipped", "job": job}
@@ -82,6 +82,10 @@ def perform(job: dict, runtimes, share: float) -> dict:
     effort = replace(effort, seconds=min(effort.seconds, 0.5 * share))
     if job["kind"] == "network":
         return whole_network.measure(whole_network.NetworkCase(**job["case"]), effort)
+    if job["kind"] == "rivals":
+        from bench import rivals
+
+        return rivals.measure(whole_network.NetworkCase(**job["case"]), effort, job["rivals"])
     hurried = share < 0.6 * job["expected"]
     names = [name for name in job["rivals"] if not (hurried and name in COMPILED)]
     result = instances.measure(Case(**job["case"]), names, runtimes, effort)

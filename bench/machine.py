@@ -14,7 +14,7 @@ import torch
 
 import coordatt_fast
 
-PACKAGES = ("torch", "numpy", "onnxruntime", "openvino")
+PACKAGES = ("torch", "numpy", "timm", "onnxruntime", "openvino")
 
 
 def read(path: str) -> str:

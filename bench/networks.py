@@ -85,8 +85,10 @@ NETWORKS: dict[str, list[Instance]] = {
     "mobilenetv2": mobilenetv2(),
     "mobilenetv2_0.75": mobilenetv2(0.75),
     "mobilenetv2_0.5": mobilenetv2(0.5),
-    # After the first depthwise convolution of a sandglass block, input 224.
-    "mobilenext": listed("32x112 96x56 192x28*2 288x14*2 384x14*3 576x7*3 960x7*3"),
+    # After a sandglass block's second depthwise convolution (as the published count of parameters), and after
+    # its first (as the authors advise), input 224.
+    "mobilenext": listed("96x56 144x56 192x28*3 288x14*3 384x14*3 576x7*4 960x7*2 1280x7"),
+    "mobilenext_first": listed("32x112 96x56 192x28*2 288x14*2 384x14*3 576x7*3 960x7*3"),
     # In place of SE, input 224.
     "efficientnet_b0": listed("32x112 96x56 144x56 144x28 240x28 240x14 480x14*3 672x14*2 672x7 1152x7*4"),
     # On each block's output, input 224.

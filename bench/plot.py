@@ -8,8 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from bench.baselines import OURS, RIVALS
 from bench.report import group_title, groups
-from bench.rivals import OURS, RIVALS
 
 COLOURS = {
     "eager": "#c9ced6",

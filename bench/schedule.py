@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass
 
 from bench import networks
+from bench.baselines import COMPILED, takes_part
 from bench.cases import Case
 from bench.instances import Effort
 from bench.lab import Jobs
-from bench.rivals import COMPILED, takes_part
 from bench.timing import LARGE_OUTPUT, PAGES
 from bench.whole_network import NetworkCase
 

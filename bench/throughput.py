@@ -19,8 +19,8 @@ import torch
 
 import coordatt_fast
 from bench import lab, machine, networks, plot, report, schedule
+from bench.baselines import DEFAULT_RIVALS, OURS, RIVALS
 from bench.cases import DTYPES, LAYOUTS
-from bench.rivals import DEFAULT_RIVALS, OURS, RIVALS
 
 EXAMPLES = """examples:
   python -m bench.throughput                                      the default run, under 5 minutes on 2 cores

@@ -4,30 +4,25 @@ The numbers come from a twin of the module with random float64 weights on the CP
 nor the device it is on is touched.
 """
 
-import contextlib
 import functools
 import inspect
 import itertools
 import math
 import re
-import types
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from coordatt_fast import plan, reference
-from coordatt_fast.wiring import OWN, Path, Watch, Wiring, blank, find, watch
+from coordatt_fast.twin import NORMS, Different, laboratory, noise, twin_of
+from coordatt_fast.wiring import OWN, Path, Watch, Wiring, find, watch
 
-NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm)
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 # Two maps, neither square nor one the other's transpose; a module built for one size is given that one.
-_SIZES = ((5, 7), (8, 3))
+_SIZES = ((5, 3), (3, 4))
 # Two correct float64 programs agree to 1e-12; another formula differs by 1e-3 and more.
 _TOLERANCE = 1e-9
 # So many values reach the activation that all of its pieces are met, whatever the number of channels.
@@ -36,16 +31,6 @@ _LARGEST = 2**25
 
 _NAME = re.compile(r"coor[a-z_]*att|^ca_?(block|conv|module|layer|att|$)", re.IGNORECASE)
 _MOST_MODULES = 40
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-
-
-class Different(Exception):
-    """The module computes something else, or that cannot be told; the message says why."""
 
 
 # Structure -----------------------------------------------------------------------------------------
@@ -136,71 +121,6 @@ def _check_class(module: nn.Module) -> None:
             raise Different(f"dropout ({name}, p={child.p}) in training")
 
 
-# The twin ------------------------------------------------------------------------------------------
-
-
-def _twin(module: nn.Module, generator: torch.Generator | None, memo: dict) -> nn.Module:
-    """A module of the same classes and settings with random float64 tensors (without a generator: a copy of
-    its tensors) and no hooks."""
-    if id(module) in memo:
-        return memo[id(module)]
-    kind = nn.BatchNorm2d if type(module) is nn.SyncBatchNorm else type(module)
-    twin = memo[id(module)] = object.__new__(kind)
-    original = module.__dict__
-    d = dict(original) | blank()
-    d["training"] = original["training"]
-    d["_non_persistent_buffers_set"] = set(original["_non_persistent_buffers_set"])
-    d.pop("_compiled_call_impl", None)
-    twin.__dict__.update(d)
-    norm = isinstance(module, NORMS)
-
-    def draw(name, like):
-        if generator is None:
-            return like.detach().clone()
-        t = torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu")
-        if name == "running_var":
-            return 0.1 + t.square()
-        if name == "weight":
-            # Wide enough to meet every piece of the activation; gates spread over (0.05, 0.95).
-            return 4 * (0.6 * t).exp() if norm else t * 1.2 / math.sqrt(max(1, math.prod(like.shape[1:])))
-        return t
-
-    for name, p in original["_parameters"].items():
-        twin._parameters[name] = None if p is None else nn.Parameter(draw(name, p))
-    for name, b in original["_buffers"].items():
-        if b is not None:
-            b = draw(name, b) if b.is_floating_point() else torch.zeros(b.shape, dtype=b.dtype, device="cpu")
-        twin._buffers[name] = b
-    for name, child in original["_modules"].items():
-        twin._modules[name] = None if child is None else _twin(child, generator, memo)
-    own = original.get("forward")
-    if own is not None:
-        if not isinstance(own, types.MethodType) or own.__self__ is not module:
-            raise Different(f"a {type(module).__name__} in it has a forward of its own")
-        twin.__dict__["forward"] = types.MethodType(own.__func__, twin)
-    return twin
-
-
-@contextlib.contextmanager
-def _laboratory():
-    """What a probe runs in: the caller's modes, hooks and random numbers neither matter nor change."""
-    hooks = {name: dict(getattr(module_hooks, name)) for name in _GLOBAL_HOOKS}
-    for name in _GLOBAL_HOOKS:
-        getattr(module_hooks, name).clear()
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.device("cpu"),
-        ):
-            yield
-    finally:
-        for name, entries in hooks.items():
-            getattr(module_hooks, name).update(entries)
-
-
 # Numbers -------------------------------------------------------------------------------------------
 
 
@@ -235,21 +155,25 @@ def _traced(twin: nn.Module, x: Tensor) -> tuple[Tensor, list[_Call]]:
     return out, calls
 
 
-def _results(twin: nn.Module, call, x: Tensor, grad: Tensor, training: bool) -> dict[str, Tensor]:
-    """Of one call and its backward: output, gradients, buffers, under names that show in reasons."""
+def _results(
+    twin: nn.Module, call, x: Tensor, grad: Tensor | None, training: bool, what: str = "output"
+) -> dict[str, Tensor]:
+    """Of one call and (given grad) its backward: output, gradients, buffers, under names that show in
+    reasons."""
     twin.train(training)
     before = {name: value for name, value in vars(twin).items() if name not in OWN}
     given, x = x, x.clone().requires_grad_()
     out = call(x)
-    if type(out) is not Tensor or out.shape != x.shape or out.dtype != x.dtype:
+    if what == "output" and (type(out) is not Tensor or out.shape != x.shape or out.dtype != x.dtype):
         raise Different("its output is no tensor of x's shape and dtype")
-    out.backward(grad)
+    if grad is not None:
+        out.backward(grad)
     after = {name: value for name, value in vars(twin).items() if name not in OWN}
     if before.keys() != after.keys() or any(after[name] is not value for name, value in before.items()):
         raise Different("its forward sets attributes of the module")
     if not torch.equal(given, x.detach()):
         raise Different("its forward writes into x")
-    results = {"output": out.detach(), "gradient of x": x.grad}
+    results = {what: out.detach(), "gradient of x": x.grad}
     results |= {f"gradient of {n}": p.grad for n, p in twin.named_parameters()}
     return results | {n: b.double() for n, b in twin.named_buffers()}
 
@@ -259,8 +183,14 @@ def _error(have: Tensor | None, wanted: Tensor | None) -> float:
         return 0.0 if have is wanted else math.inf
     if have.shape != wanted.shape:
         return math.inf
-    error = (have - wanted).abs().max().item() / max(1.0, wanted.abs().max().item())
+    error = _largest(have - wanted) / max(1.0, _largest(wanted))
     return error if error == error else math.inf
+
+
+def _largest(t: Tensor) -> float:
+    """The largest magnitude in t, NaN if there is one."""
+    least, most = t.aminmax() if t.numel() else (t.new_zeros(()), t.new_zeros(()))
+    return torch.maximum(most, -least).item()
 
 
 def _agree(have: dict, wanted: dict, training: bool) -> None:
@@ -271,24 +201,29 @@ def _agree(have: dict, wanted: dict, training: bool) -> None:
             raise Different(f"in {mode} mode its {name} is not Coordinate Attention's (off by {error:.1g})")
 
 
+def _same(have: Tensor, wanted: Tensor) -> bool:
+    """Element by element, NaN and infinities included."""
+    have, wanted = (torch.nan_to_num(t, 1e300, 2e300, -2e300) for t in (have, wanted))
+    return bool(((have - wanted).abs_() <= wanted.abs_().add_(1).mul_(_TOLERANCE)).all())
+
+
 def _agree_beyond(make, wiring: Wiring, x: Tensor) -> None:
     """Raises Different for what clamps or cleans values: tries large numbers, and NaN and infinities."""
     odd = x.clone()
     odd[0, 0, 0, 0], odd[-1, -1, -1, 0], odd[-1, 0, 0, -1] = math.nan, math.inf, -math.inf
     for given, what in ((x * 1e6, "large values"), (odd, "NaN and infinite values")):
-        theirs = make().eval()
         with torch.no_grad():
-            wanted = theirs(given)
-            for way in (functools.partial(wiring.by_children, fast=False), wiring.by_parts):
-                have = way(make().eval(), given)
-                if not torch.allclose(have, wanted, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
-                    raise Different(f"it treats {what} in another way than Coordinate Attention")
+            theirs, ours, pooled = make().eval(), make().eval(), reference.pool(given)
+            y = wiring.chained(ours, pooled)
+            same = _same(wiring.gated(ours, given, y, fast=False), theirs(given))
+            if not (same and _same(wiring.by_parts(ours, pooled), y)):
+                raise Different(f"it treats {what} in another way than Coordinate Attention")
 
 
 def _map(generator: torch.Generator, n: int, c: int, size: tuple[int, int]) -> Tensor:
     """Noise, and an offset per row and per column: strip means of noise alone would be near zero."""
     shapes = (n, c, *size), (n, c, size[0], 1), (n, c, 1, size[1])
-    return sum(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return sum(noise(shape, generator) for shape in shapes)
 
 
 def recognise(module: nn.Module) -> Wiring:
@@ -299,7 +234,7 @@ def recognise(module: nn.Module) -> Wiring:
     height, width = (next((s[i] for s in fixed if s[i]), None) for i in (0, 1))
     sizes = [(height or h, width or w) for h, w in _SIZES]
     try:
-        with _laboratory():
+        with laboratory():
             return _probe(module, convolutions, norms, list(dict.fromkeys(sizes)), (height, width))
     except (Different, KeyboardInterrupt):
         raise
@@ -317,39 +252,58 @@ def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
     if n * c * math.prod(sizes[0]) > _LARGEST:
         raise Different(f"its pools are built for {sizes[0]}, too large to try")
 
-    template = _twin(module, torch.Generator("cpu").manual_seed(1), {})
+    template = twin_of(module, torch.Generator("cpu").manual_seed(1), {})
+    generator = torch.Generator("cpu").manual_seed(0)
+    maps = [_map(generator, n, c, size) for size in sizes]
+    x = maps[0]
 
     def make():
-        twin = _twin(template, None, {})
+        return twin_of(template, None, {})
+
+    with torch.no_grad():
+        first = make().eval()
+        for p in first.parameters():
+            p.data = p.data.clone()
+        _, calls = _traced(first, x[:1])
+        order = _order(calls, convolutions, norms)
         for name in convolutions:
             # A normalisation's weight spreads the activation's inputs; where there is none, conv1's does.
-            factor = 0.4 if name != squeeze else 1.0 if norms else 5.0
-            twin.get_submodule(name).weight.data.mul_(factor)
-        return twin
-
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = _map(generator, n, c, sizes[0])
-    squeeze = None
-    with torch.no_grad():
-        _, calls = _traced(make().eval(), x)
-        order = _order(calls, convolutions, norms)
-        squeeze = order[0]
+            factor = 0.4 if name != order[0] else 1.0 if norms else 5.0
+            template.get_submodule(name).weight.mul_(factor)
+        pristine = [p.clone() for p in template.parameters()]
         twin = make().eval()
         out, calls = _traced(twin, x)
     wiring = _match(module, twin, x, out, calls, order, norms)
     if any(fixed):
         wiring = wiring._replace(size=fixed)
-    for size in sizes:
-        x, grad = _map(generator, n, c, size), _map(generator, n, c, size)
+    for x in maps:
+        pooled = reference.pool(x)
+        grads = noise(x.shape, generator), noise((n, m, pooled.shape[2], 1), generator)
         for training in (False, True):
-            theirs = make()
-            wanted = _results(theirs, theirs, x, grad, training)
-            # The hybrid tier, then what the fused one computes.
-            for way in (functools.partial(wiring.by_children, fast=False), wiring.by_parts):
-                ours = make()
-                _agree(_results(ours, functools.partial(way, ours), x, grad, training), wanted, training)
+            # Outputs and statistics in every mode and size, but the gradients, which cost most, once in each.
+            whole = x is (maps[-1] if training else maps[0])
+            _agree_here(make, wiring, x, pooled, grads if whole else (None, None), training)
     _agree_beyond(make, wiring, x)
+    if not all(map(torch.equal, template.parameters(), pristine)):
+        raise Different("its forward writes into its parameters")
     return wiring
+
+
+def _agree_here(make, wiring: Wiring, x: Tensor, pooled: Tensor, grads, training: bool) -> None:
+    """Raises Different unless the module computes on x what the hybrid tier does by its children, and these
+    what the fused tier does by the parts: pools and gates are the same in both."""
+    theirs, ours, others = make(), make(), make()
+    wanted = _results(theirs, theirs, x, grads[0], training)
+    squeeze = functools.partial(wiring.chained, ours)
+    squeezed = _results(ours, squeeze, pooled, grads[1], training, "squeezed map")
+    squeeze = functools.partial(wiring.by_parts, others)
+    _agree(_results(others, squeeze, pooled, grads[1], training, "squeezed map"), squeezed, training)
+    if grads[0] is None:
+        have = squeezed | {"output": wiring.gated(ours, x, squeezed["squeezed map"], fast=False)}
+    else:
+        ours = make()
+        have = _results(ours, functools.partial(wiring.by_children, ours, fast=False), x, grads[0], training)
+    _agree(have, wanted, training)
 
 
 def _order(calls: list[_Call], convolutions: dict, norms: dict) -> list[str]:
@@ -382,15 +336,15 @@ def _match(module, twin, x, out, calls, order, norms) -> Wiring:
         leaf = find(twin, act)
         kind = _activation_kind(leaf)
         act_type = None if type(leaf) in plan.CODES else type(leaf)
-    found = []
+    found, pooled = [], reference.pool(x)
     for conv_h, conv_w in (gates, gates[::-1]):
         for tail in (None,) if act is not None else (None, *reference.ACTIVATIONS):
-            for skip in (False, True):
-                parts = (squeeze, norm, act, conv_h, conv_w)
-                wiring = Wiring(*parts, chain, tail, tail or kind, act_type, skip, None, (), (), True)
-                with torch.no_grad():
-                    error = _error(wiring.by_children(twin, x, fast=False), out)
-                found.append((error, wiring))
+            parts = (squeeze, norm, act, conv_h, conv_w)
+            wiring = Wiring(*parts, chain, tail, tail or kind, act_type, False, None, (), (), True)
+            with torch.no_grad():
+                plain = wiring.gated(twin, x, wiring.chained(twin, pooled), fast=False)
+            found.append((_error(plain, out), wiring))
+            found.append((_error(plain + x, out), wiring._replace(skip=True)))
     matching = [wiring for error, wiring in found if error <= _TOLERANCE]
     if not matching:
         least = min(error for error, _ in found)

@@ -148,29 +148,31 @@ class Wiring(NamedTuple):
 
     def by_children(self, module: nn.Module, x: Tensor, fast: bool) -> Tensor:
         """The hybrid (fast) and reference tiers, around the module's own children."""
-        y = ops.pool(x) if fast else reference.pool(x)
-        for path in self.chain:
-            y = find(module, path)(y)
-        if self.tail is not None:
-            y = reference.ACTIVATIONS[self.tail](y)
-        return self._gated(module, x, y, fast)
+        pooled = ops.pool(x) if fast else reference.pool(x)
+        return self.gated(module, x, self.chained(module, pooled), fast)
 
-    def by_parts(self, module: nn.Module, x: Tensor) -> Tensor:
-        """What the fused tier computes, in plain PyTorch: for the proof that it may."""
-        y = find(module, self.conv1)(reference.pool(x))
-        if self.bn1 is not None:
-            y = find(module, self.bn1)(y)
-        if self.activation is not None:
-            y = reference.ACTIVATIONS[self.activation](y)
-        elif self.act is not None:
-            y = find(module, self.act)(y)
-        return self._gated(module, x, y, fast=False)
-
-    def _gated(self, module: nn.Module, x: Tensor, y: Tensor, fast: bool) -> Tensor:
+    def gated(self, module: nn.Module, x: Tensor, y: Tensor, fast: bool) -> Tensor:
+        """The rest of that, from the squeezed features y [N, M, H + W, 1] on."""
         y_h, y_w = reference.split(y, x)
         s_h, s_w = find(module, self.conv_h)(y_h), find(module, self.conv_w)(y_w)
         fast = fast and plan.gate_fits(x, s_h, s_w)
         return ops.gate(x, s_h, s_w, self.skip) if fast else reference.gate(x, s_h, s_w, self.skip)
+
+    def chained(self, module: nn.Module, pooled: Tensor) -> Tensor:
+        """The squeezed features [N, M, H + W, 1] of pooled [N, C, H + W, 1] by the module's own children."""
+        y = pooled
+        for path in self.chain:
+            y = find(module, path)(y)
+        return y if self.tail is None else reference.ACTIVATIONS[self.tail](y)
+
+    def by_parts(self, module: nn.Module, pooled: Tensor) -> Tensor:
+        """The same as the fused tier computes them, in plain PyTorch: for the proof that it may."""
+        y = find(module, self.conv1)(pooled)
+        if self.bn1 is not None:
+            y = find(module, self.bn1)(y)
+        if self.activation is not None:
+            return reference.ACTIVATIONS[self.activation](y)
+        return y if self.act is None else find(module, self.act)(y)
 
 
 def find(module: nn.Module, path: Path) -> nn.Module:
@@ -184,7 +186,7 @@ def find(module: nn.Module, path: Path) -> nn.Module:
 
 def blank() -> dict:
     """The instance dictionary of a module that nothing was done to."""
-    return nn.Module().__dict__
+    return {name: type(value)() if name in _CONTAINERS else value for name, value in _BLANK.items()}
 
 
 def watch(path: Path, module: nn.Module, *, container: bool) -> Watch:
@@ -202,7 +204,9 @@ def watch(path: Path, module: nn.Module, *, container: bool) -> Watch:
     return Watch(path, kind, tuple(attributes), tuple(module._modules) if container else None)
 
 
-OWN = frozenset(blank()) | {"_compiled_call_impl"}
+_BLANK = nn.Module().__dict__
+_CONTAINERS = frozenset(name for name, value in _BLANK.items() if isinstance(value, (dict, set)))
+OWN = frozenset(_BLANK) | {"_compiled_call_impl"}
 _PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
 _FUNCTIONS = (type(lambda: None), type(len))
 

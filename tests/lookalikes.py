@@ -175,6 +175,58 @@ class Detached(CoordAtt):
         return x * s_h.sigmoid() * s_w.sigmoid()
 
 
+class DetachedInTraining(CoordAtt):
+    def forward(self, x):
+        s_h, s_w = self.gates(x.detach() if self.training else x)
+        return x * s_h.sigmoid() * s_w.sigmoid()
+
+
+class Squeeze(nn.Module):
+    """The middle as a block of its own, whose forward does more than call its children."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.conv, self.bn, self.act, self.more = nn.Conv2d(C, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), more
+
+    def forward(self, x):
+        if self.more == "detached":
+            x = x.detach()
+        y = self.act(self.bn(self.conv(x)))
+        return y.clamp(-1e4, 1e4) if self.more == "clamped" else y * 1.5 if self.more == "scaled" else y
+
+
+class OtherSqueeze(nn.Module):
+    """Its children compute what it computes; its parts, called one by one, do not."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.squeeze, self.conv_h, self.conv_w = Squeeze(more), nn.Conv2d(8, C, 1), nn.Conv2d(8, C, 1)
+
+    def forward(self, x):
+        y = self.squeeze(torch.cat((x.mean(3, True), x.mean(2, True).mT), 2))
+        y_h, y_w = y.split(x.shape[2:], 2)
+        return x * self.conv_h(y_h).sigmoid() * self.conv_w(y_w.mT).sigmoid()
+
+
+class MeanOfThreeColumns(CoordAtt):
+    """The means of maps three columns wide, not of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool_h = self.pool_w = nn.Identity()
+
+    def gates(self, x):
+        y = self.middle(torch.cat((x[..., :3].mean(3, True), x.mean(2, True).mT), 2))
+        y_h, y_w = y.split(x.shape[2:], 2)
+        return self.conv_h(y_h), self.conv_w(y_w.mT)
+
+
+class ClampsItsWeights(CoordAtt):
+    def forward(self, x):
+        self.conv1.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
 class FrozenGatesInTraining(CoordAtt):
     def forward(self, x):
         s_h, s_w = self.gates(x)
@@ -295,6 +347,12 @@ BAD = {
     "spatial attention": (named(SpatialAttention, "CAModule"), "conv is a 7 x 7 convolution"),
     "squeeze called twice": (SharedSqueeze, "conv1 has a place in it but is called 2 times"),
     "other gradients": (Detached, "in eval mode its gradient of x is not"),
+    "other gradients in training": (DetachedInTraining, "in training mode its gradient of x is not"),
+    "block that scales": (lambda: OtherSqueeze("scaled"), "in eval mode its squeezed map is not"),
+    "block that detaches": (lambda: OtherSqueeze("detached"), "in eval mode its gradient of x is not"),
+    "block that clamps": (lambda: OtherSqueeze("clamped"), "it treats large values in another way"),
+    "mean of three columns": (MeanOfThreeColumns, "in eval mode its output is not"),
+    "clamps its weights": (ClampsItsWeights, "its forward writes into its parameters"),
     "other in training": (FrozenGatesInTraining, "in training mode its output is not"),
     "frozen statistics": (WrongNorm, "bn1 has a place in it but is never called"),
     "hard gates": (HardGates, "its output is not Coordinate Attention's"),

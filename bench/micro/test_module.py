@@ -2,13 +2,13 @@
 
 import torch
 
-from bench import checks, rivals
+from bench import baselines, checks
 from bench.cases import Case
 
 
 def run(benchmark, case: Case, name: str) -> None:
     plain, x = case.plain(), case.tensor(1)
-    function, module = rivals.local(name, plain, case)
+    function, module = baselines.local(name, plain, case)
     exact = checks.truth(plain, x, None)
     baseline = checks.errors(checks.results(plain, plain, x, None), exact)
     verdict = checks.judge(
@@ -22,7 +22,7 @@ def run(benchmark, case: Case, name: str) -> None:
 
 
 def test_ours(benchmark, case):
-    run(benchmark, case, rivals.OURS)
+    run(benchmark, case, baselines.OURS)
 
 
 def test_published(benchmark, case):
@@ -38,6 +38,6 @@ def test_clone(benchmark, case):
 def test_call_with_nothing_to_compute(benchmark):
     """What a call costs before any arithmetic."""
     case = Case((1, 16, 1, 1))
-    module, x = rivals.ours(case.plain(), case), case.tensor(1)
+    module, x = baselines.ours(case.plain(), case), case.tensor(1)
     with torch.inference_mode():
         benchmark(module, x)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from bench import checks, rivals
+from bench import baselines, checks
 from bench.cases import Case
 from bench.instances import training_step
 
@@ -11,8 +11,8 @@ def run(benchmark, case: Case, name: str) -> None:
     case = replace(case, mode="train")
     plain, x, g = case.plain(), case.tensor(1), case.tensor(2)
     exact = checks.truth(plain, x, g)
-    baseline = checks.errors(checks.results(*rivals.local("eager", plain, case), x, g), exact)
-    function, module = rivals.local(name, plain, case)
+    baseline = checks.errors(checks.results(*baselines.local("eager", plain, case), x, g), exact)
+    function, module = baselines.local(name, plain, case)
     verdict = checks.judge(
         checks.errors(checks.results(function, module, x, g), exact), baseline, x.dtype, checks.OWN_FACTOR
     )
@@ -23,7 +23,7 @@ def run(benchmark, case: Case, name: str) -> None:
 
 
 def test_ours(benchmark, case):
-    run(benchmark, case, rivals.OURS)
+    run(benchmark, case, baselines.OURS)
 
 
 def test_published(benchmark, case):
