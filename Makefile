@@ -11,6 +11,7 @@ ARGS ?=
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 REQUIREMENTS := $(wildcard requirements/*.txt)
+ALONE := requirements/third-party.txt
 
 .PHONY: venv test bench bench-micro aot gpu lint clean
 
@@ -18,7 +19,8 @@ venv: .venv/built
 
 .venv/installed: $(REQUIREMENTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(addprefix -r ,$(REQUIREMENTS))
+	$(BIN)/python -m pip install --quiet $(addprefix -r ,$(filter-out $(ALONE),$(REQUIREMENTS)))
+	$(BIN)/python -m pip install --quiet --no-deps -r $(ALONE)
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES)
