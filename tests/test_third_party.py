@@ -20,7 +20,7 @@ MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 if MISSING:  # installed, but broken, is an error
     pytest.skip(f"not installed: {', '.join(MISSING)}", allow_module_level=True)
 
-from third_party import NETWORKS, ModelEMA, timm, timm_attention  # noqa: E402
+from third_party import NETWORKS, ModelEMA, timm, timm_attention, yolo_save  # noqa: E402
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 EACH = pytest.mark.parametrize("name", NETWORKS)
@@ -287,7 +287,7 @@ def test_whole_yolo_as_its_trainer_keeps_it(pair):
                 p.mul_(1.01)
         average.update(model)
         file = io.BytesIO()
-        torch.save({"model": copy.deepcopy(average.ema).half()}, file)
+        yolo_save({"model": copy.deepcopy(average.ema).half()}, file)
         file.seek(0)
         kept.append(torch.load(file, weights_only=False)["model"].float().eval())
     assert [type(m).__name__.removeprefix("Accelerated") for m in kept[1].modules()] == [

@@ -30,11 +30,10 @@ def import_torchvision():
 
 
 import_torchvision()
-# ultralytics writes its settings when it is imported, and would install what it misses.
-_SETTINGS = tempfile.TemporaryDirectory()
-os.environ.setdefault("YOLO_CONFIG_DIR", _SETTINGS.name)
-os.environ.setdefault("YOLO_AUTOINSTALL", "false")
-os.environ.setdefault("YOLO_OFFLINE", "true")
+# ultralytics writes its settings when it is imported, would install what it misses, sets variables that child
+# processes inherit, and replaces torch.save.
+_SETTINGS, _ENVIRONMENT, _SAVE = tempfile.TemporaryDirectory(), dict(os.environ), torch.save
+os.environ |= {"YOLO_CONFIG_DIR": _SETTINGS.name, "YOLO_AUTOINSTALL": "false", "YOLO_OFFLINE": "true"}
 
 import timm  # noqa: E402
 import timm.layers.coord_attn as timm_attention  # noqa: E402
@@ -45,7 +44,11 @@ from ultralytics.cfg import get_cfg  # noqa: E402
 from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.utils.torch_utils import ModelEMA  # noqa: E402
 
-__all__ = ["NETWORKS", "VERSIONS", "ModelEMA", "Network", "timm", "timm_attention", "ultralytics"]
+yolo_save, torch.save = torch.save, _SAVE
+os.environ.clear()
+os.environ.update(_ENVIRONMENT)
+
+__all__ = ["NETWORKS", "VERSIONS", "ModelEMA", "Network", "timm", "timm_attention", "yolo_save"]
 VERSIONS = {name: version(name) for name in ("timm", "ultralytics")}
 
 
