@@ -1,5 +1,6 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
+# make examples      the examples, pictures in build/examples
 # make bench-micro   pytest-benchmark suites, one per pass
 # make aot           the Triton kernels compiled for GPUs that are not here
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
@@ -13,7 +14,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 REQUIREMENTS := $(wildcard requirements/*.txt)
 ALONE := requirements/third-party.txt
 
-.PHONY: venv test bench bench-micro aot gpu lint clean
+.PHONY: venv test bench examples bench-micro aot gpu lint clean
 
 venv: .venv/built
 
@@ -32,6 +33,11 @@ test: venv
 
 bench: venv
 	$(BIN)/python -m bench.throughput $(ARGS)
+
+examples: venv
+	$(BIN)/python -m examples.accelerate_timm_and_yolo $(ARGS)
+	$(BIN)/python -m examples.train_side_by_side $(ARGS)
+	$(BIN)/python -m examples.look_at_attention $(ARGS)
 
 bench-micro: venv
 	$(BIN)/pytest bench/micro $(ARGS)
