@@ -1,8 +1,9 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
 # make bench-rivals  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
+# make examples      the examples, pictures in build/examples
 # make bench-micro   pytest-benchmark suites, one per pass
-# make aot           the Triton kernels compiled for GPUs that are not here
+# make aot           the GPU kernels compiled for GPUs that are not here
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
 # make lint, make clean
 # Needs Python 3.10 or newer (PYTHON=python3.12 for another one), a C++ compiler and make.
@@ -11,17 +12,17 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-NO_DEPS := requirements/no-deps.txt
-REQUIREMENTS := $(filter-out $(NO_DEPS),$(wildcard requirements/*.txt))
+ALONE := requirements/third-party.txt
+REQUIREMENTS := $(filter-out $(ALONE),$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-rivals bench-micro aot gpu lint clean
+.PHONY: venv test bench bench-rivals bench-micro examples aot gpu lint clean
 
 venv: .venv/built
 
-.venv/installed: $(REQUIREMENTS) $(NO_DEPS)
+.venv/installed: $(REQUIREMENTS) $(ALONE)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(addprefix -r ,$(REQUIREMENTS))
-	$(BIN)/python -m pip install --quiet --no-deps -r $(NO_DEPS)
+	$(BIN)/python -m pip install --quiet --no-deps -r $(ALONE)
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES)
@@ -36,6 +37,11 @@ bench: venv
 
 bench-rivals: venv
 	$(BIN)/python -m bench.rivals $(ARGS)
+
+examples: venv
+	$(BIN)/python -m examples.accelerate_timm_and_yolo $(ARGS)
+	$(BIN)/python -m examples.train_side_by_side $(ARGS)
+	$(BIN)/python -m examples.look_at_attention $(ARGS)
 
 bench-micro: venv
 	$(BIN)/pytest bench/micro $(ARGS)

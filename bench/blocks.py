@@ -6,14 +6,15 @@ written from their papers. Where a block squeezes its channels, it does so to ``
 width of the CoordAtt paper's comparison.
 """
 
-import importlib.util
-import sys
+import importlib
 import types
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from bench.third_party import import_torchvision
 
 REDUCTION = 24  # of SE and CBAM in table 4 of the CoordAtt paper
 
@@ -23,31 +24,13 @@ def squeezed(channels: int) -> int:
 
 
 def timm_layers() -> types.ModuleType:
-    """``timm.layers``, imported without the rest of timm, which needs torchvision and the hub's client.
-
-    torchvision from PyPI does not load beside a torch built for CPUs only, and of all of it these layers need
-    the name of one class. So both names stand for empty modules while the import lasts, unless they are
-    already there. Raises ``ModuleNotFoundError`` where timm is not installed.
-    """
-    if "timm.layers" in sys.modules:
-        return sys.modules["timm.layers"]
-    spec = importlib.util.find_spec("timm")
-    if spec is None:
-        raise ModuleNotFoundError("timm is not installed: pip install --no-deps -r requirements/no-deps.txt")
-    stand_ins = {
-        name: types.ModuleType(name) for name in ("torchvision", "torchvision.ops", "torchvision.ops.misc")
-    }
-    stand_ins["torchvision.ops.misc"].FrozenBatchNorm2d = type("FrozenBatchNorm2d", (nn.Module,), {})
-    stand_ins["timm"] = types.ModuleType("timm")
-    for name in ("timm", "torchvision", "torchvision.ops"):
-        stand_ins[name].__path__ = list(spec.submodule_search_locations) if name == "timm" else []
-    put = {name: module for name, module in stand_ins.items() if name not in sys.modules}
-    sys.modules.update(put)
+    """``timm.layers``; ``ModuleNotFoundError`` where timm or torchvision is not installed."""
     try:
+        import_torchvision()
         return importlib.import_module("timm.layers")
-    finally:
-        for name in put:
-            del sys.modules[name]
+    except ModuleNotFoundError as error:
+        install = "pip install --no-deps -r requirements/third-party.txt"
+        raise ModuleNotFoundError(f"the blocks of timm need it: {error}; {install}") from error
 
 
 def from_timm(name: str, channels: int) -> nn.Module:

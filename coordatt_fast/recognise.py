@@ -29,7 +29,10 @@ _TOLERANCE = 1e-9
 _VALUES = 400
 _LARGEST = 2**25
 
-_NAME = re.compile(r"coor[a-z_]*att|^ca_?(block|conv|module|layer|att|$)", re.IGNORECASE)
+_NAME = re.compile(
+    r"coor[a-z_]*att|^ca_?(block|conv|module|layer|att|$)|strip_?att|efficient_?local_?att|^ela$",
+    re.IGNORECASE,
+)
 _MOST_MODULES = 40
 
 

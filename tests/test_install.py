@@ -245,6 +245,14 @@ def test_command_line(wheel, environment, tmp_path):
     printed = succeed(environment.python, "-m", "coordatt_fast", cwd=tmp_path).stdout
     assert str(environment.packages / "coordatt_fast/lib/libcoordatt_fast.so") in printed
     assert "cpu         yes" in printed and torch.__version__ in printed
+    script = environment.python.parent / "coordatt-fast"
+    assert succeed(script, "info", cwd=tmp_path).stdout == printed
+    model = "from coordatt_fast import CoordAtt\nclass Mine(CoordAtt): pass\ndef make(): return Mine(8, 8)\n"
+    (tmp_path / "mine.py").write_text(model)
+    result = run(script, "verify", "mine:make", "--input", "1,8,5,6", cwd=tmp_path)
+    assert result.returncode == 1 and "already a coordatt_fast.CoordAtt" in result.stdout, result.stderr
+    result = run(script, "bench", "--shape", "1,8,5,6", "--rounds", "1", cwd=tmp_path)
+    assert result.returncode == 0 and "times as fast" in result.stdout, result.stdout + result.stderr
 
 
 def test_library_needs_no_python(wheel, tmp_path):

@@ -148,6 +148,8 @@ std::vector<Copy> copies;
 std::vector<char*> free_stacks;
 std::mt19937_64 random_number;
 enum { at_once, late, any_time } copying;
+bool ahead;        // one block runs as far ahead of the others as it can
+Block* favourite;
 Fiber* self;
 Grid* first;  // the grid that nothing is waited for
 Context scheduler;
@@ -320,7 +322,16 @@ void run_first(Grid* next) {
       continue;
     }
     if (++steps > 20000000) error = "no end in sight";
-    std::swap(ready[random_number() % ready.size()], ready.back());
+    size_t chosen = random_number() % ready.size();
+    if (ahead) {
+      for (size_t i = ready.size(); i-- > 0;)  // what was woken last stands last
+        if (ready[i]->block == favourite) {
+          chosen = i;
+          break;
+        }
+      favourite = ready[chosen]->block;
+    }
+    std::swap(ready[chosen], ready.back());
     Fiber* f = ready.back();
     ready.pop_back();
     run_fiber(f);
@@ -443,6 +454,8 @@ void enqueue(const Launch& l, const char* name, std::function<void()> kernel) {
 void finish() {
   random_number.seed(settings.seed);
   copying = settings.seed % 3 == 0 ? at_once : settings.seed % 3 == 1 ? late : any_time;
+  ahead = settings.seed % 2;
+  favourite = nullptr;
   error.clear();
   for (auto& g : queue) std::shuffle(g->order.begin(), g->order.end(), random_number);
   for (size_t i = 0; i < queue.size() && error.empty(); ++i) {

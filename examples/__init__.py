@@ -1,0 +1,1 @@
+"""Worked examples. Run them from the repository's root: python -m examples.<name> --help."""
