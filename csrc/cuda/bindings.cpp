@@ -7,7 +7,10 @@
 #include "cuda/kernels.h"
 
 #ifdef COORDATT_ON_CPU
-namespace emulator { void finish(); }
+namespace emulator {
+void finish();
+int device_index();
+}
 #else
 // In torch's CUDA library only: null beside a torch built for CPUs, where no CUDA tensor can reach it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -19,7 +22,7 @@ namespace {
 
 #ifdef COORDATT_ON_CPU
 struct Here {
-  cuda::Run run{0, nullptr, nullptr};
+  cuda::Run run{emulator::device_index(), nullptr, nullptr};
   explicit Here(const Tensor&) {}
 };
 #else

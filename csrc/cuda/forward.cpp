@@ -11,6 +11,7 @@ namespace coordatt {
 namespace cuda {
 namespace {
 
+// Values of forced, too: what set_forward asked for.
 enum Way : int { automatic = -2, any = -1, chain = 0, resident = 64 };  // 1 to 16: clusters of so many blocks
 std::atomic<int> forced{automatic};
 
@@ -82,7 +83,7 @@ bool plan_resident(const ForwardArgs& f, const Device& device, const Run& run, P
   return false;
 }
 
-const char* plan_of(const ForwardArgs& f, const Run& run, Plan& plan) {
+const char* make_plan(const ForwardArgs& f, const Run& run, Plan& plan) {
   const Device* device;
   if (const char* why = device_of(run, device)) return why;
   int wanted = forced.load();
@@ -94,6 +95,36 @@ const char* plan_of(const ForwardArgs& f, const Run& run, Plan& plan) {
   if (!training && (allowed || forced_cluster) && plan_one_pass(f, *device, run, plan)) return nullptr;
   plan.cut = stream_cut(f, aligned(f, f.x), *device, 1, 1);
   return plan.cut.shared ? nullptr : "the map's lines do not fit into shared memory";
+}
+
+// What a plan depends on.
+struct Key {
+  int64_t n, c, h, w, m;
+  int device, wanted, dtype, flags;
+  bool operator==(const Key& k) const {
+    return n == k.n && c == k.c && h == k.h && w == k.w && m == k.m && device == k.device && wanted == k.wanted &&
+           dtype == k.dtype && flags == k.flags;
+  }
+};
+
+// Kept for the shapes of late: a call asks twice, and CUDA's answers on what the device holds take microseconds.
+const char* plan_of(const ForwardArgs& f, const Run& run, Plan& plan) {
+  constexpr int kept = 64;
+  static thread_local struct { Key key; Plan plan; } plans[kept];
+  static thread_local int used = 0, next = 0;
+  const Shape& s = f.shape;
+  int flags = f.nhwc | aligned(f, f.x) << 1 | (f.saved.gates != nullptr) << 2;
+  Key key{s.n, s.c, s.h, s.w, s.m, run.device, forced.load(), (int)f.dtype, flags};
+  for (int i = 0; i < used; ++i)
+    if (plans[i].key == key) {
+      plan = plans[i].plan;
+      return nullptr;
+    }
+  if (const char* why = make_plan(f, run, plan)) return why;
+  plans[next] = {key, plan};
+  next = (next + 1) % kept;
+  if (used < kept) ++used;
+  return nullptr;
 }
 
 template <class P> P pass_of(const Call& call, const Cut& cut) {

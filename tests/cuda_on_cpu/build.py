@@ -27,7 +27,7 @@ def build(sanitize: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Wno-attributes", "-ffp-contract=off", "-DCOORDATT_ON_CPU", f"-I{HERE}", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/cuda"]
-    flags += ["-O1", "-g", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O2"]
+    flags += ["-O0", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O2"]
     for path in (*include_paths(), pybind11.get_include(), sysconfig.get_path("include")):
         flags += ["-isystem", path]
     stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]

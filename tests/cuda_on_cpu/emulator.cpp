@@ -1,9 +1,11 @@
 // Fibers, their schedule, and what they wait for.
 #include "emulator.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -243,6 +245,9 @@ char* take_stack() {
   }
   char* p = free_stacks.back();
   free_stacks.pop_back();
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(p, stack_bytes);  // what the fiber before left its frames marked with
+#endif
   return p;
 }
 

@@ -38,6 +38,7 @@ struct Settings {
   uint64_t seed = 0;
   int skip = -1;  // the site that is left out
   coordatt::cuda::Device device = {90, 4, 232448, 233472, 16};
+  int device_index = 0;  // another for every device set: plans are kept by it
 };
 extern Settings settings;
 
@@ -61,6 +62,7 @@ void shuffle_xor(void* value, int bytes, int mask);
 
 void enqueue(const coordatt::cuda::Launch&, const char* name, std::function<void()> kernel);
 std::vector<std::string> launches();
+int device_index();
 // Runs what was launched; throws std::runtime_error on a deadlock and the like.
 void finish();
 

@@ -19,11 +19,14 @@ const char* device_of(const Run&, const Device*& found) {
 }  // namespace cuda
 }  // namespace coordatt
 
+int emulator::device_index() { return settings.device_index; }
+
 PYBIND11_MODULE(coordatt_cuda_on_cpu, m) {
   m.def("set_seed", [](uint64_t seed) { settings.seed = seed; });
   m.def("skip", [](int site) { settings.skip = site; }, "Leaves out a waiting statement, by its number among sites(); -1: none.");
   m.def("sites", &emulator::sites, "file:line of every waiting statement that has been reached.");
   m.def("set_device", [](int arch, int processors, int shared_memory) {
+    ++settings.device_index;
     settings.device = {arch, processors, shared_memory, shared_memory + 1024, arch >= 90 ? 16 : 0};
   }, pybind11::arg("arch"), pybind11::arg("processors"), pybind11::arg("shared_memory"));
   m.def("set_forward", &coordatt::cuda::set_forward);
