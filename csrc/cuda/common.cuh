@@ -21,7 +21,7 @@ template <> struct AccOf<double> { using type = double; };
 template <class T> using Acc = typename AccOf<T>::type;
 
 // Blocks of a pass to an SM that the compiler must leave registers for, without a spill.
-template <class T> constexpr int least_blocks = sizeof(T) == 8 ? 1 : 2;
+template <class T> constexpr int least_blocks = sizeof(T) == 8 ? 1 : blocks_per_processor;
 
 // As many as one 16-byte access takes.
 template <class T> struct alignas(16) Pack {
