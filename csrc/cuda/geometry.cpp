@@ -43,14 +43,16 @@ void finish(Geometry& g, const Call& call, bool aligned) {
     g.pitch = (int)(g.vectors ? g.column + s.w : s.length() | 1);
     if (g.vectors && g.pitch % 8 == 0) g.pitch += 4;
   }
-  g.lanes = 1;
-  while (g.lanes < 32 && s.w % (2 * g.lanes) == 0) g.lanes *= 2;
+  g.down = (int)ceil_div(s.h, g.piece_rows);
+  g.lane_bits = 0;
+  while (g.lane_bits < 5 && s.w % (2ll << g.lane_bits) == 0) ++g.lane_bits;
   g.by_l = Divider(g.l);
   g.by_w = Divider(g.w);
   g.by_rows = Divider(g.piece_rows);
   g.by_group = Divider(g.group);
   g.by_copies = Divider(g.copies > 0 ? g.copies : 1);
   g.by_vectors = Divider(g.group / v > 0 ? g.group / v : 1);
+  g.by_down = Divider(g.down);
 }
 
 Room room_of(const Geometry& g, const Call& call, int middles) {
@@ -84,8 +86,12 @@ void set_pieces(Geometry& g, const Call& call, int64_t target) {
 }
 
 int pieces_of(const Geometry& g, bool nhwc) {
-  int64_t down = ceil_div(g.h, g.piece_rows);
-  return (int)(nhwc ? down : down * ceil_div(g.group, g.piece_channels));
+  return (int)(nhwc ? g.down : g.down * ceil_div(g.group, g.piece_channels));
+}
+
+void set_stages(Geometry& g, int stages) {
+  g.stages = stages;
+  g.by_stages = Divider(stages);
 }
 
 }  // namespace
@@ -107,10 +113,10 @@ Cut stream_cut(const Call& call, bool aligned, const Device& device, int arrays,
     for (g.group = (int)group;; g.group = (int)(g.group > 2 * unit ? round_up(g.group / 2, unit) : g.group / 2)) {
       if (g.group < 1) break;
       set_pieces(g, call, stage_target / sources);
-      for (g.stages = 4; g.stages >= 1; --g.stages) {
-        finish(g, call, aligned);
-        int pieces = pieces_of(g, call.nhwc);
-        if (g.stages > pieces) g.stages = pieces;
+      finish(g, call, aligned);
+      int pieces = pieces_of(g, call.nhwc);
+      for (int stages = pieces < 4 ? pieces : 4; stages >= 1; --stages) {
+        set_stages(g, stages);
         cut.room = room_of(g, call, 0);
         cut.shared = cut.room.total(arrays, sources);
         if (cut.shared <= budget && (g.stages >= 2 || g.stages == pieces || budget == device.shared_memory)) return cut;
@@ -136,7 +142,7 @@ Cut resident_cut(const Call& call, bool aligned, const Device& device, int block
     g.stage_bytes = (int)round_up(s.h * s.w * bytes_of(call.dtype) + 32, 128);
   }
   finish(g, call, aligned);
-  g.stages = pieces_of(g, call.nhwc);
+  set_stages(g, pieces_of(g, call.nhwc));
   cut.room = room_of(g, call, middles);
   int64_t total = cut.room.barriers + cut.room.lines + cut.room.chunk + (int64_t)g.stages * g.stage_bytes;
   if (blocks > s.c || total > device.shared_memory) return cut;
