@@ -1,7 +1,7 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
 # make bench-micro   pytest-benchmark suites, one per pass
-# make aot           the Triton kernels compiled for GPUs that are not here
+# make aot           the GPU kernels compiled for GPUs that are not here
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
 # make lint, make clean
 # Needs Python 3.10 or newer (PYTHON=python3.12 for another one), a C++ compiler and make.

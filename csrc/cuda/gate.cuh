@@ -119,15 +119,13 @@ __device__ __forceinline__ void apply_planes(const Geometry& g, const Piece& p, 
 #pragma unroll
       for (int j = 0; j < V; ++j) narrow(f((A)widen(v.v[j]), row, columns[j]), v.v[j]);
     } else if (g.w >= V) {  // at most one line ends within the vector
-      int left = g.w - w;
-      int before = spot;
+      int left = g.w - w, before = spot;
       if (left < V) next();
       Line row_after = f.line(line);
-      int after = spot - g.w;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        bool ended = j >= left;
-        narrow(f((A)widen(v.v[j]), ended ? row_after : row, f.line((ended ? after : before) + j)), v.v[j]);
+        bool after = j >= left;
+        narrow(f((A)widen(v.v[j]), after ? row_after : row, f.line((after ? spot - g.w : before) + j)), v.v[j]);
       }
     } else {
 #pragma unroll

@@ -98,6 +98,7 @@ __device__ __forceinline__ void contract(const A* lines, int channel_step, int l
   for (int tile = threadIdx.x >> 5; tile < tiles; tile += blockDim.x >> 5) {
     int m0 = tile / across * 4, l0 = (tile % across) * 4;
     A sums[16] = {};
+#pragma unroll 2  // four, the compiler's choice, spill
     for (int c = lane; c < p.channels; c += 32) {
       A w[4], v[4];
 #pragma unroll

@@ -35,6 +35,7 @@ template <bool NHWC, class T> __device__ __forceinline__ bool in_pairs(const Geo
 template <int V, class A, class F> __device__ __forceinline__ Several<V, A> sum_of(int first, int count, int step, F value) {
   Several<V, A> a{}, b{}, c{}, d{};
   int i = first;
+#pragma unroll 1  // four are on their way at a time; more would cost registers
   for (; i + 3 * step < count; i += 4 * step) {
     a = a + value(i);
     b = b + value(i + step);
