@@ -50,7 +50,7 @@ def nvcc(tmp_path):
 
 
 def gencodes(cuda):
-    return [flag.partition("code=")[2] for flag in cuda.flags]
+    return [flag.rpartition("code=")[2] for flag in cuda.flags]
 
 
 @pytest.mark.parametrize(
@@ -159,10 +159,8 @@ def test_wheel_of_the_source_distribution(pristine, tmp_path):  # noqa: F811
     assert "-py3-none-linux_" in path.name
 
 
-@pytest.mark.parametrize("jobs", ["some", "1"])
-def test_max_jobs(source, jobs):  # noqa: F811
+def test_max_jobs(source):  # noqa: F811
     """Handed to ninja, which refuses what is no number."""
     command = (sys.executable, "setup.py", "build_ext", "--build-lib", "lib")
-    result = run(*command, cwd=source, env={"MAX_JOBS": jobs})
-    assert (result.returncode == 0) == (jobs == "1"), result.stdout[-3000:] + result.stderr[-3000:]
-    assert jobs == "1" or "invalid -j" in result.stdout + result.stderr
+    result = run(*command, cwd=source, env={"MAX_JOBS": "some"})
+    assert result.returncode and "invalid -j" in result.stdout + result.stderr

@@ -3,6 +3,7 @@
 import concurrent.futures
 import re
 import runpy
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,23 +55,24 @@ def kernels_in_sources() -> set[str]:
     return found
 
 
-def up_to_date(path: Path) -> bool:
-    """Whether an object file of the build holds what the sources say, for all of ARCHS."""
-    if not path.is_file():
+def up_to_date(path: Path, script: dict) -> bool:
+    """Whether an object file of the build holds what the sources and setup.py say, for all of ARCHS."""
+    rules = path.with_name("build.ninja")
+    if not path.is_file() or shlex.join(script["NVCC"]) not in rules.read_text():
         return False
-    newest = max(p.stat().st_mtime for p in [*(ROOT / "csrc/cuda").iterdir(), ROOT / "csrc/coordatt.h", ROOT / "setup.py"])
-    return path.stat().st_mtime > newest and set(ARCHS) <= set(
-        re.findall(r"\.(sm_\w+)\.cubin", output(TOOLS / "cuobjdump", "-lelf", path))
-    )
+    question = (script["find_ninja"](), "-f", rules.relative_to(ROOT), "-n", path.relative_to(ROOT))
+    if "no work to do" not in output(*question, cwd=ROOT):
+        return False
+    return set(ARCHS) <= set(re.findall(r"\.(sm_\w+)\.cubin", output(TOOLS / "cuobjdump", "-lelf", path)))
 
 
-def object_of(source: Path, folder: Path, nvcc: str, flags: list[str]) -> Path:
+def object_of(source: Path, folder: Path, nvcc: str, script: dict) -> Path:
     built = ROOT / f"build/release/cuda_{source.stem}.o"
-    if up_to_date(built):
+    if up_to_date(built, script):
         return built
     target = folder / f"cuda_{source.stem}.o"
     archs = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHS]
-    result = subprocess.run([nvcc, *flags, *archs, "-c", source, "-o", target], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([nvcc, *script["NVCC"], *archs, "-c", source, "-o", target], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return target
 
@@ -95,10 +97,10 @@ def read(cubin: Path) -> list[Kernel]:
 
 def compile_all(nvcc: str, folder: Path) -> dict[str, list[Kernel]]:
     """Architecture -> its kernels."""
-    flags = build_script()["NVCC"]
+    script = build_script()
     found: dict[str, list[Kernel]] = {arch: [] for arch in ARCHS}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        objects = pool.map(lambda source: object_of(source, folder, nvcc, flags), SOURCES)
+        objects = pool.map(lambda source: object_of(source, folder, nvcc, script), SOURCES)
         for path in objects:
             output(TOOLS / "cuobjdump", "-xelf", "all", path.resolve(), cwd=folder)
         cubins = [path for path in sorted(folder.glob("*.cubin")) if path.suffixes[-2][1:] in found]

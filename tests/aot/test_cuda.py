@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels for GPUs that are not here: no spills, registers for as many blocks as the
 launches count on, and the instructions that the kernels are built on.
 
-    pytest tests/aot/test_cuda.py       half a minute after a build, two or three without one
+    pytest tests/aot/test_cuda.py       half a minute after a build, three without one
     FORCE_CUDA=1                        fails where nvcc is missing, in place of skipping
 """
 
