@@ -4,8 +4,8 @@ lib/build.json.
 Environment: CXX, MAX_JOBS, DEBUG=1 (-O1 -g), SANITIZE=address,undefined, COORDATT_FAST_NO_BUILD=1 (skip on
 purpose). Where nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda) the library has CUDA kernels too:
 TORCH_CUDA_ARCH_LIST says for which GPUs, FORCE_CUDA=0 leaves them out, FORCE_CUDA=1 fails without nvcc. The
-library sees only libtorch's stable ABI and no Python, so one build serves every Python and every torch
->= 2.11.
+library sees only libtorch's stable ABI and no Python, so one build serves every Python and every torch >=
+2.11.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AVX512 = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 AVX512_BY_NAME = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "cd")), AVX512[1]]
 
-# GPUs that the CUDA kernels are compiled for unless TORCH_CUDA_ARCH_LIST names others, where nvcc knows them.
-CUDA_ARCHS = "8.0 9.0 10.0 12.0+PTX"
+# What the CUDA kernels are compiled for where TORCH_CUDA_ARCH_LIST says nothing, as far as nvcc knows it; the
+# newest of them as PTX too, for GPUs newer than nvcc.
+CUDA_ARCHS = "8.0 9.0 10.0 12.0"
 CUDA_NAMES = {"Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0 12.0+PTX"}
 # 128: the bodies of loops that one architecture has no use for.
 NVCC = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-diag-suppress=128", "-Icsrc"]
@@ -132,30 +133,42 @@ class Cuda:
         self.version = re.search(r"release (\d+\.\d+)", said).group(1)
         command = [nvcc, "--list-gpu-arch"]
         known = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
-        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
         self.archs: list[str] = []
         self.flags: list[str] = []
-        for name in re.split(r"[;\s]+", (wanted or CUDA_ARCHS).strip()):
+        for name in re.split(r"[;,\s]+", (wanted or CUDA_ARCHS).strip(";, ")):
             for arch in CUDA_NAMES.get(name, name).split():
-                number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
-                if not number:
-                    raise SystemExit(
-                        f"coordatt_fast: TORCH_CUDA_ARCH_LIST has {arch!r}, expected such as 9.0 or 9.0+PTX"
-                    )
-                digits = number[1] + number[2]
-                if f"compute_{digits}" not in known or int(digits) < 80:
-                    if wanted:
-                        known_text = " ".join(sorted(known))
-                        raise SystemExit(
-                            f"coordatt_fast: TORCH_CUDA_ARCH_LIST has {arch}, expected 8.0 or newer that "
-                            f"{nvcc} knows ({known_text})"
-                        )
-                    continue
-                digits += number[3]
-                self.archs.append(f"sm_{digits}")
-                self.flags.append(f"-gencode=arch=compute_{digits},code=sm_{digits}")
-                if number[4]:
-                    self.flags.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
+                self.add(arch, known, asked=name if wanted else "")
+        if not self.archs:
+            raise SystemExit(
+                f"coordatt_fast: nvcc {self.version} ({nvcc}) knows no GPU from 8.0 on; "
+                "FORCE_CUDA=0 builds without it"
+            )
+        if not wanted:
+            newest = self.archs[-1].removeprefix("sm_")
+            self.flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+
+    def add(self, arch: str, known: set[str], asked: str) -> None:
+        """Compiles for arch as well; asked: how TORCH_CUDA_ARCH_LIST put it."""
+        number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        digits = number[1] + number[2] if number else "0"
+        if int(digits) < 80 or f"compute_{digits}" not in known:
+            if not asked:
+                return
+            numbers = sorted(int(digits) for digits in re.findall(r"compute_(\d+)\b", " ".join(known)))
+            right = " ".join(f"{n // 10}.{n % 10}" for n in numbers if n >= 80)
+            wanted = os.environ["TORCH_CUDA_ARCH_LIST"]
+            raise SystemExit(
+                f"coordatt_fast: TORCH_CUDA_ARCH_LIST={wanted}: {asked!r} is none of "
+                f"{right} (what nvcc {self.version} knows; with +PTX for newer GPUs too), "
+                f"{', '.join(CUDA_NAMES)}; for none at all set FORCE_CUDA=0"
+            )
+        digits += number[3]
+        if f"sm_{digits}" not in self.archs:
+            self.archs.append(f"sm_{digits}")
+            self.flags.append(f"-gencode=arch=compute_{digits},code=sm_{digits}")
+        if number[4]:
+            self.flags.append(f"-gencode=arch=compute_{digits},code=compute_{digits}")
 
     def folder(self) -> Path:
         """Of the libraries to link."""
@@ -367,7 +380,8 @@ class BuildLibrary(build_ext):
         if subprocess.run(command, cwd=ROOT).returncode:
             raise SystemExit(
                 "coordatt_fast: compiling the library failed (see above). "
-                "COORDATT_FAST_NO_BUILD=1 installs without it, in pure Python."
+                "COORDATT_FAST_NO_BUILD=1 installs without it, in pure Python"
+                + ("; FORCE_CUDA=0 with the CPU's kernels alone." if tools.cuda else ".")
             )
         # A new file under the name: a process that has the old library mapped keeps it whole.
         partial = target.with_suffix(".new")

@@ -21,7 +21,7 @@ template <> struct AccOf<double> { using type = double; };
 template <class T> using Acc = typename AccOf<T>::type;
 
 // Blocks of a pass to an SM that the compiler must leave registers for, without a spill.
-template <class T> constexpr int least_blocks = sizeof(T) == 8 ? 1 : 2;
+template <class T> constexpr int least_blocks = sizeof(T) == 8 ? 1 : blocks_per_processor;
 
 // As many as one 16-byte access takes.
 template <class T> struct alignas(16) Pack {
@@ -98,16 +98,15 @@ struct Piece {
 };
 
 template <bool NHWC> __device__ __forceinline__ int pieces_of(const Geometry& g, int channels) {
-  int down = (g.h + g.piece_rows - 1) / g.piece_rows;
-  return NHWC ? down : (channels + g.piece_channels - 1) / g.piece_channels * down;
+  return NHWC ? g.down : (channels + g.piece_channels - 1) / g.piece_channels * g.down;
 }
 
 template <bool NHWC> __device__ __forceinline__ Piece piece_of(const Geometry& g, int channels, int k) {
-  int down = (g.h + g.piece_rows - 1) / g.piece_rows, along = NHWC ? 0 : k / down;
+  int along = NHWC ? 0 : g.by_down(k);
   Piece p;
   p.c = NHWC ? 0 : along * g.piece_channels;
   p.channels = NHWC ? channels : min_of(g.piece_channels, channels - p.c);
-  p.row = (k - along * down) * g.piece_rows;
+  p.row = (k - along * g.down) * g.piece_rows;
   p.rows = min_of(g.piece_rows, g.h - p.row);
   return p;
 }
@@ -144,16 +143,18 @@ __device__ __forceinline__ void store_lines(const Geometry& g, const Place& p, c
 // A group's lines between shared memory and the tensors of other modules.
 template <bool NHWC, class A, class F>
 __device__ __forceinline__ void read_lines(const Geometry& g, const Place& p, const OutsideMiddle& from, A* lines, F finish) {
-  for (int i = threadIdx.x; i < p.channels * g.l; i += blockDim.x) {
-    int l = i / p.channels, c = i - l * p.channels;
+  for (int i = threadIdx.x; i < g.group * g.l; i += blockDim.x) {
+    int l = g.by_group(i), c = i - l * g.group;
+    if (c >= p.channels) continue;
     A v = l < g.h ? load_line<A>(from.h, p.n, p.c0 + c, l) : load_line<A>(from.w, p.n, p.c0 + c, l - g.h);
     lines[line_spot<NHWC>(g, c, l)] = finish(l, v);
   }
 }
 template <bool NHWC, class A>
 __device__ __forceinline__ void write_lines(const Geometry& g, const Place& p, const A* lines, const OutsideMiddle& to) {
-  for (int i = threadIdx.x; i < p.channels * g.l; i += blockDim.x) {
-    int l = i / p.channels, c = i - l * p.channels;
+  for (int i = threadIdx.x; i < g.group * g.l; i += blockDim.x) {
+    int l = g.by_group(i), c = i - l * g.group;
+    if (c >= p.channels) continue;
     A v = lines[line_spot<NHWC>(g, c, l)];
     if (l < g.h) store_line(to.h, p.n, p.c0 + c, l, v);
     else store_line(to.w, p.n, p.c0 + c, l - g.h, v);

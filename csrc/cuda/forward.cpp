@@ -154,6 +154,7 @@ bool set_forward(const char* way) {
 const char* obstacle(const Call& call) {
   if (call.shape.length() > max_length(call.dtype))
     return call.dtype == DType::f64 ? "H + W is above 2048 (float64)" : "H + W is above 4096";
+  if (call.shape.rows() >> 30 || (call.shape.n * call.shape.c) >> 30) return "N * (H + W) or N * C is above 2 ** 30";
   return nullptr;
 }
 

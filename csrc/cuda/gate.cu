@@ -66,20 +66,7 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) reduce_kerne
     Piece p = piece_of<NHWC>(g, place.channels, k);
     maps.wait(k);
     const T *grad = maps.values(0, k, p), *x = maps.values(1, k, p);
-    bool last = p.row + p.rows == g.h;
-    auto product = [&](int e) { return (A)widen(grad[e]) * (A)widen(x[e]); };
-    sum_lines<NHWC, A>(
-        g, p, [&](int c, int, int w, int e) { return product(e) * gates[column_spot<NHWC>(g, c, w)]; },
-        [&](int c, int h, A sum) {
-          int spot = row_spot<NHWC>(g, c, h);
-          ds[spot] = gates[spot] * (A(1) - gates[spot]) * sum;
-        },
-        [&](int c, int h, int, int e) { return product(e) * gates[row_spot<NHWC>(g, c, h)]; },
-        [&](int c, int w, A sum) {
-          int spot = column_spot<NHWC>(g, c, w);
-          A total = p.row ? ds[spot] + sum : sum;
-          ds[spot] = last ? gates[spot] * (A(1) - gates[spot]) * total : total;
-        });
+    reduce_piece<NHWC>(g, p, grad, x, gates, ds);
     if (a.dx.data) apply_piece<NHWC>(g, place, p, grad, View<T>(a.dx), Gating<A>{gates, a.skip});
     maps.advance(k);
   }

@@ -69,6 +69,8 @@ template <class A> struct Means {
 // out = f(in) for a piece; in is the piece in shared memory, not looked at where F reads nothing.
 template <class T, class F>
 __device__ __forceinline__ void apply_planes(const Geometry& g, const Piece& p, const T* in, T* out, const F& f) {
+  using A = Acc<T>;
+  using Line = typename F::Line;
   constexpr int V = Pack<T>::size;
   int count = p.channels * p.rows * g.w;
   int head = (int)(-(intptr_t)out & 15) / (int)sizeof(T);  // elements before the first aligned vector
@@ -76,48 +78,69 @@ __device__ __forceinline__ void apply_planes(const Geometry& g, const Piece& p, 
   bool in_line = g.vectors && whole && head == 0;
   int first = head ? head - V : 0, vectors = (count - first + V - 1) / V;
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    int e = first + i * V, low = max_of(0, -e), high = min_of(V, count - e);
-    bool full = low == 0 && high == V;
+    int e = first + i * V, start = max_of(e, 0), q = g.by_w(start), w = start - q * g.w;
+    int c = g.by_rows(q), r = q - c * p.rows, line = row_spot<false>(g, p.c + c, p.row + r);
+    int spot = column_spot<false>(g, p.c + c, w);
+    // One line further down, which may be the next channel's first.
+    auto next = [&] {
+      ++line;
+      if (++r < p.rows) return;
+      r = 0;
+      line += g.pitch - p.rows;
+      spot += g.pitch;
+    };
+    if (e < 0 || e + V > count) {  // the run's ends
+      for (int at = start; at < min_of(e + V, count); ++at) {
+        T v{};
+        if (F::reads) v = in[at];
+        narrow(f((A)widen(v), f.line(line), f.line(spot)), out[at]);
+        ++spot;
+        if (++w == g.w) {
+          w = 0;
+          spot -= g.w;
+          next();
+        }
+      }
+      continue;
+    }
     Pack<T> v;
     if (F::reads) {
-      if (whole && full) {
+      if (whole) {
         v = *(const Pack<T>*)(in + e);
       } else {
 #pragma unroll
-        for (int j = 0; j < V; ++j)
-          if (j >= low && j < high) v.v[j] = in[e + j];
+        for (int j = 0; j < V; ++j) v.v[j] = in[e + j];
       }
     }
-    int at = e + low, q = g.by_w(at), w = at - q * g.w, c = g.by_rows(q), r = q - c * p.rows;
-    typename F::Line row = f.line(row_spot<false>(g, p.c + c, p.row + r));
-    if (in_line && full) {
-      typename F::Line columns[V];
-      f.template lines<V>(column_spot<false>(g, p.c + c, w), columns);
+    Line row = f.line(line);
+    if (in_line) {
+      Line columns[V];
+      f.template lines<V>(spot, columns);
 #pragma unroll
-      for (int j = 0; j < V; ++j) narrow(f((Acc<T>)widen(v.v[j]), row, columns[j]), v.v[j]);
-      *(Pack<T>*)(out + e) = v;
-      continue;
-    }
+      for (int j = 0; j < V; ++j) narrow(f((A)widen(v.v[j]), row, columns[j]), v.v[j]);
+    } else if (g.w >= V) {  // at most one line ends within the vector
+      int left = g.w - w, before = spot;
+      if (left < V) next();
+      Line row_after = f.line(line);
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      if (j < low || j >= high) continue;
-      narrow(f((Acc<T>)widen(v.v[j]), row, f.line(column_spot<false>(g, p.c + c, w))), v.v[j]);
-      if (++w == g.w && j + 1 < high) {
-        w = 0;
-        if (++r == p.rows) {
-          r = 0;
-          ++c;
-        }
-        row = f.line(row_spot<false>(g, p.c + c, p.row + r));
+      for (int j = 0; j < V; ++j) {
+        bool after = j >= left;
+        narrow(f((A)widen(v.v[j]), after ? row_after : row, f.line((after ? spot - g.w : before) + j)), v.v[j]);
       }
-    }
-    if (full) {
-      *(Pack<T>*)(out + e) = v;
     } else {
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        if (j >= low && j < high) out[e + j] = v.v[j];
+      for (int j = 0; j < V; ++j) {
+        narrow(f((A)widen(v.v[j]), row, f.line(spot)), v.v[j]);
+        ++spot;
+        if (++w == g.w && j + 1 < V) {
+          w = 0;
+          spot -= g.w;
+          next();
+          row = f.line(line);
+        }
+      }
     }
+    *(Pack<T>*)(out + e) = v;
   }
 }
 

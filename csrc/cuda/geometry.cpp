@@ -49,14 +49,16 @@ void finish(Geometry& g, const Call& call, bool aligned) {
     g.pitch = (int)(g.vectors ? g.column + s.w : s.length() | 1);
     if (g.vectors && g.pitch % 8 == 0) g.pitch += 4;
   }
-  g.lanes = 1;
-  while (g.lanes < 32 && s.w % (2 * g.lanes) == 0) g.lanes *= 2;
+  g.down = (int)ceil_div(s.h, g.piece_rows);
+  g.lane_bits = 0;
+  while (g.lane_bits < 5 && s.w % (2ll << g.lane_bits) == 0) ++g.lane_bits;
   g.by_l = Divider(g.l);
   g.by_w = Divider(g.w);
   g.by_rows = Divider(g.piece_rows);
   g.by_group = Divider(g.group);
   g.by_copies = Divider(g.copies > 0 ? g.copies : 1);
   g.by_vectors = Divider(g.group / v > 0 ? g.group / v : 1);
+  g.by_down = Divider(g.down);
 }
 
 Room room_of(const Geometry& g, const Call& call, int middles) {
@@ -95,8 +97,12 @@ int chunk_of(const Call& call, int64_t target) {
 }
 
 int pieces_of(const Geometry& g, bool nhwc) {
-  int64_t down = ceil_div(g.h, g.piece_rows);
-  return (int)(nhwc ? down : down * ceil_div(g.group, g.piece_channels));
+  return (int)(nhwc ? g.down : g.down * ceil_div(g.group, g.piece_channels));
+}
+
+void set_stages(Geometry& g, int stages) {
+  g.stages = stages;
+  g.by_stages = Divider(stages);
 }
 
 }  // namespace
@@ -115,10 +121,11 @@ Cut stream_cut(const Call& call, bool aligned, const Device& device, int arrays,
   auto fits = [&](int64_t target, int budget, bool one_stage) {
     g.chunk = chunk_of(call, target);
     set_pieces(g, call, target / sources);
+    finish(g, call, aligned);
     int pieces = pieces_of(g, call.nhwc);
-    for (g.stages = pieces < 4 ? pieces : 4; g.stages >= 1; --g.stages) {
-      if (g.stages == 1 && pieces > 1 && !one_stage) break;
-      finish(g, call, aligned);
+    for (int stages = pieces < 4 ? pieces : 4; stages >= 1; --stages) {
+      if (stages == 1 && pieces > 1 && !one_stage) break;
+      set_stages(g, stages);
       cut.room = room_of(g, call, 0);
       cut.shared = cut.room.total(arrays, sources);
       if (cut.shared <= budget) return true;
@@ -142,6 +149,7 @@ Cut resident_cut(const Call& call, bool aligned, const Device& device, int block
   int64_t unit = call.nhwc ? vector_of(call) : unit_of(call), group = ceil_div(s.c, blocks);
   if (round_up(group, unit) * (blocks - 1) < s.c) group = round_up(group, unit);
   Cut cut = cut_of(call);
+  if (blocks > s.c || group * s.h * s.w * bytes_of(call.dtype) > device.shared_memory) return cut;
   Geometry& g = cut.geometry;
   g.group = (int)group;
   g.chunk = middles ? (int)s.length() : chunk_of(call, stage_target);
@@ -151,10 +159,10 @@ Cut resident_cut(const Call& call, bool aligned, const Device& device, int block
     g.stage_bytes = (int)round_up(s.h * s.w * bytes_of(call.dtype) + 32, 128);
   }
   finish(g, call, aligned);
-  g.stages = pieces_of(g, call.nhwc);
+  set_stages(g, pieces_of(g, call.nhwc));
   cut.room = room_of(g, call, middles);
   int64_t total = cut.room.barriers + cut.room.lines + cut.room.chunk + (int64_t)g.stages * g.stage_bytes;
-  if (blocks > s.c || total > device.shared_memory) return cut;
+  if (total > device.shared_memory) return cut;
   if (middles) g.groups = blocks;  // a cluster's blocks, even where the last have no channels left
   cut.shared = (int)total;
   return cut;

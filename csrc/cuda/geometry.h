@@ -44,14 +44,15 @@ struct Geometry {
   // A group's lines in shared memory: nchw channel by channel, pitch apart, the columns from column on; nhwc line by
   // line, pitch apart.
   int pitch, column;
-  int lanes;           // nchw: neighbours that add up a row together, a power of two
+  int lane_bits;       // nchw: 2 ** lane_bits neighbours add up a row together
   int piece_channels;  // nchw; nhwc pieces take the whole group
   int piece_rows;
+  int down;            // pieces from the top of a plane to its bottom
   int stages, stage_bytes;  // per stage and source
   int chunk;           // lines of the middle that pass through shared memory at a time
   int copies;   // nhwc: 16-byte copies to a pixel's channels; 0: element by element
   bool vectors;        // nchw: a 16-byte vector of a row has its gates aligned in one line; nhwc: of channels
-  Divider by_l, by_w, by_rows, by_group, by_copies, by_vectors;
+  Divider by_l, by_w, by_rows, by_group, by_copies, by_vectors, by_down, by_stages;
 };
 
 // Bytes of the parts of a block's shared memory, all multiples of 16.

@@ -7,27 +7,27 @@ namespace coordatt {
 namespace cuda {
 
 template <class T>
-__global__ void __launch_bounds__(threads_of_rows) statistics_kernel(const __grid_constant__ StatisticsPass a) {
+__global__ void __launch_bounds__(threads_of_rows, 2) statistics_kernel(const __grid_constant__ StatisticsPass a) {
   grid_dependency_wait();
   statistics_of<T>(a, blockIdx.x, (Acc<T>*)shared_memory());
   grid_dependency_launch();
 }
 
 // dy -> du -> dz, y, and the gradients of the normalisation's parameters and of conv1's bias.
-template <class T> __global__ void __launch_bounds__(threads_of_rows) rows_kernel(const __grid_constant__ RowsPass a) {
+template <class T> __global__ void __launch_bounds__(threads_of_rows, 2) rows_kernel(const __grid_constant__ RowsPass a) {
   using A = Acc<T>;
   const Geometry& g = a.geometry;
   A* scratch = (A*)shared_memory();
   int m = blockIdx.x;
-  int64_t rows = (int64_t)g.n * g.l;
+  int rows = g.n * g.l;
   DType wide = sizeof(A) == 8 ? DType::f64 : DType::f32;
   const A* squeezed = (const A*)a.saved.squeezed;
   A *y = (A*)a.y, *dz = (A*)a.dz;
   Affine<A> f = affine<T>(a, m, {a.saved.mean, wide}, {a.saved.var, wide});
   grid_dependency_wait();
   A sum = 0, along = 0;
-  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) {
-    int n = (int)(r / g.l), l = (int)(r - (int64_t)n * g.l);
+  for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+    int n = g.by_l(r), l = r - n * g.l;
     int64_t i = ((int64_t)n * g.m + m) * g.l + l;
     A dy = sum_partials(g, (const A*)a.partial, n, m, l), off = squeezed[i] - f.mean, u = off * f.scale + f.shift;
     A du = activate_backward(a.activation, u, dy);
@@ -46,8 +46,8 @@ template <class T> __global__ void __launch_bounds__(threads_of_rows) rows_kerne
   }
   bool batch = a.norm == Norm::batch;
   A shift = batch ? sum / (A)rows : A(0), slope = batch ? f.inverse * f.inverse * (along / (A)rows) : A(0);
-  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) {
-    int n = (int)(r / g.l), l = (int)(r - (int64_t)n * g.l);
+  for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+    int n = g.by_l(r), l = r - n * g.l;
     int64_t i = ((int64_t)n * g.m + m) * g.l + l;
     A du = dz[i];
     dz[i] = (batch ? du - shift - (squeezed[i] - f.mean) * slope : du) * f.scale;

@@ -98,6 +98,7 @@ __device__ __forceinline__ void contract(const A* lines, int channel_step, int l
   for (int tile = threadIdx.x >> 5; tile < tiles; tile += blockDim.x >> 5) {
     int m0 = tile / across * 4, l0 = (tile % across) * 4;
     A sums[16] = {};
+#pragma unroll 2  // four, the compiler's choice, spill
     for (int c = lane; c < p.channels; c += 32) {
       A w[4], v[4];
 #pragma unroll
@@ -124,20 +125,21 @@ __device__ __forceinline__ void contract_lines(const Geometry& g, const A* lines
   contract(lines + column_spot<NHWC>(g, 0, 0), channel_step, line_step, g.w, columns, p, g.m, out + g.h, g.l);
 }
 
-// lines(c, first + l) = finish(c, l, sum over m of weight(c, m) * y[m * pitch + l]) for this group's channels, l in
+// lines(c, first + l) = finish(c, l, sum over m of weight(c, m) * y[m * g.chunk + l]) for this group's channels, l in
 // [0, count). Each thread makes 4 lines of one channel.
 template <class T, class A, class F>
-__device__ __forceinline__ void expand(const A* y, int pitch, int count, const Matrix<T>& weight, const Place& p, int m_count,
+__device__ __forceinline__ void expand(const Geometry& g, const A* y, int count, const Matrix<T>& weight, const Place& p,
                                        A* lines, int channel_step, int line_step, F finish) {
-  int items = p.channels * ((count + 3) / 4);
+  int items = g.group * ((count + 3) / 4);
   for (int i = threadIdx.x; i < items; i += blockDim.x) {
-    int l0 = i / p.channels * 4, c = i % p.channels;
+    int quad = g.by_group(i), l0 = quad * 4, c = i - quad * g.group;
+    if (c >= p.channels) continue;
     A sums[4] = {};
 #pragma unroll 4
-    for (int m = 0; m < m_count; ++m) {
+    for (int m = 0; m < g.m; ++m) {
       A w = weight(p.c0 + c, m);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sums[j] += w * y[m * pitch + min_of(l0 + j, count - 1)];
+      for (int j = 0; j < 4; ++j) sums[j] += w * y[m * g.chunk + min_of(l0 + j, count - 1)];
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j)
@@ -154,10 +156,10 @@ __device__ __forceinline__ void expand_lines(const Geometry& g, const A* y, int 
   int channel_step = NHWC ? 1 : g.pitch, line_step = NHWC ? g.pitch : 1;
   int split = min_of(max_of(g.h - l0, 0), count);
   if (split > 0)
-    expand(y, g.chunk, split, rows, p, g.m, lines + row_spot<NHWC>(g, 0, l0), channel_step, line_step, finish_row);
+    expand(g, y, split, rows, p, lines + row_spot<NHWC>(g, 0, l0), channel_step, line_step, finish_row);
   if (split < count)
-    expand(y + split, g.chunk, count - split, columns, p, g.m, lines + column_spot<NHWC>(g, 0, l0 + split - g.h), channel_step,
-           line_step, finish_column);
+    expand(g, y + split, count - split, columns, p, lines + column_spot<NHWC>(g, 0, l0 + split - g.h), channel_step, line_step,
+           finish_column);
 }
 
 // A group's gates from lines [l0, l0 + count) of y.
@@ -214,12 +216,12 @@ template <class T, class P>
 __device__ __forceinline__ void statistics_of(const P& a, int m, Acc<T>* scratch) {
   using A = Acc<T>;
   const Geometry& g = a.geometry;
-  int64_t rows = (int64_t)g.n * g.l;
+  int rows = g.n * g.l;
   A *squeezed = (A*)a.saved.squeezed, *mean_out = (A*)a.saved.mean, *var_out = (A*)a.saved.var;
   Weight<T> conv1_bias(a.params.conv1_bias);
   A bias = conv1_bias ? conv1_bias[m] : A(0), sum = 0;
-  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) {
-    int n = (int)(r / g.l), l = (int)(r - (int64_t)n * g.l);
+  for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+    int n = g.by_l(r), l = r - n * g.l;
     A z = sum_partials(g, (const A*)a.partial, n, m, l) + bias;
     squeezed[((int64_t)n * g.m + m) * g.l + l] = z;
     sum += z;
@@ -232,8 +234,8 @@ __device__ __forceinline__ void statistics_of(const P& a, int m, Acc<T>* scratch
     return;
   }
   A mean = block_sum(sum, scratch) / (A)rows, off = 0, squares = 0;
-  for (int64_t r = threadIdx.x; r < rows; r += blockDim.x) {
-    int n = (int)(r / g.l), l = (int)(r - (int64_t)n * g.l);
+  for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+    int n = g.by_l(r), l = r - n * g.l;
     A d = squeezed[((int64_t)n * g.m + m) * g.l + l] - mean;
     off += d;
     squares += d * d;

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(threads_of_one_pass, 1) resident_kernel(const 
   }
 }
 
-static Launch one_pass(const OnePass& a, int cluster, int shared, int clusters) {
+static Launch one_pass(int cluster, int shared, int clusters) {
   Launch l{clusters * cluster, threads_of_one_pass, shared};
   l.cluster = cluster;
   return l;
@@ -106,7 +106,7 @@ static Launch one_pass(const OnePass& a, int cluster, int shared, int clusters) 
 int clusters_held(const OnePass& a, int cluster, int shared, const Run& run) {
   int found = 0;
   for_type(a.dtype, [&](auto t) {
-    found = clusters_that_fit<one_pass_kernel<decltype(t)>>(one_pass(a, cluster, shared, 1), run);
+    found = clusters_that_fit<one_pass_kernel<decltype(t)>>(one_pass(cluster, shared, 1), run);
     return (const char*)nullptr;
   });
   return found;
@@ -114,7 +114,7 @@ int clusters_held(const OnePass& a, int cluster, int shared, const Run& run) {
 
 const char* launch_one_pass(const OnePass& a, int cluster, int clusters, int shared, const Run& run) {
   return for_type(a.dtype, [&](auto t) {
-    return launch_kernel<one_pass_kernel<decltype(t)>>(one_pass(a, cluster, shared, clusters), a, run);
+    return launch_kernel<one_pass_kernel<decltype(t)>>(one_pass(cluster, shared, clusters), a, run);
   });
 }
 

@@ -41,8 +41,11 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
 
   static __device__ __forceinline__ bool bulk() { return !NHWC && bulk_copies(); }
 
+  __device__ __forceinline__ int turn(int k) const { return g.by_stages(k); }  // of the ring
+  __device__ __forceinline__ int slot(int k) const { return k - turn(k) * g.stages; }
+
   __device__ __forceinline__ char* stage(int s, int k) const {
-    return ring + (int64_t)((k % g.stages) * SOURCES + s) * g.stage_bytes;
+    return ring + (int64_t)(slot(k) * SOURCES + s) * g.stage_bytes;
   }
 
   // By all threads, once, before the first fill; a __syncthreads must follow.
@@ -57,7 +60,7 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
   // By all threads: starts bringing piece k into its stage.
   __device__ __forceinline__ void fill(int k) {
     Piece p = piece_of<NHWC>(g, place.channels, k);
-    Barrier* b = barriers + k % g.stages;
+    Barrier* b = barriers + slot(k);
     if (NHWC) {
       for (int s = 0; s < SOURCES; ++s) fill_pixels(s, k, p);
       if (g.copies) copy_arrive(b);
@@ -103,7 +106,7 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
   }
 
   // Waits until piece k is there.
-  __device__ __forceinline__ void wait(int k) { barrier_wait(barriers + k % g.stages, (k / g.stages) & 1); }
+  __device__ __forceinline__ void wait(int k) { barrier_wait(barriers + slot(k), turn(k) & 1); }
 
   __device__ __forceinline__ const T* values(int s, int k, const Piece& p) const {
     int shift = NHWC ? 0 : (int)((uintptr_t)start(s, p) & 15);

@@ -20,15 +20,17 @@ template <class T> __device__ __forceinline__ void weights_of(const SpreadPass& 
   int c0 = tile / across * 4, m0 = (tile % across) * 4, span = kind == 0 ? g.h : kind == 1 ? g.w : g.l;
   const A* left = (const A*)(kind == 2 ? a.saved.pooled : a.ds) + (kind == 1 ? g.h : 0);
   const A* right = (const A*)(kind == 2 ? a.dz : a.y) + (kind == 1 ? g.h : 0);
-  const Divider& by_span = kind == 0 ? a.by_h : kind == 1 ? g.by_w : g.by_l;
+  Divider by_span = kind == 0 ? a.by_h : kind == 1 ? g.by_w : g.by_l;
+  int c_last = g.c - 1 - c0, m_last = g.m - 1 - m0;
   A sums[16] = {}, lefts[4] = {};
   for (int r = lane; r < g.n * span; r += 32) {
     int n = by_span(r), l = r - n * span;
+    const A *us = left + ((int64_t)n * g.c + c0) * g.l + l, *vs = right + ((int64_t)n * g.m + m0) * g.l + l;
     A u[4], v[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) u[i] = left[((int64_t)n * g.c + min_of(c0 + i, g.c - 1)) * g.l + l];
+    for (int i = 0; i < 4; ++i) u[i] = us[min_of(i, c_last) * g.l];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = right[((int64_t)n * g.m + min_of(m0 + j, g.m - 1)) * g.l + l];
+    for (int j = 0; j < 4; ++j) v[j] = vs[min_of(j, m_last) * g.l];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       lefts[i] += u[i];
