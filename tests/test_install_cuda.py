@@ -132,7 +132,7 @@ def test_with_cuda(wheel, tmp_path):  # noqa: F811
         pytest.skip("nvcc was not found")
     info, build = installed(wheel, tmp_path)
     assert build["cuda"]["archs"] and all(re.fullmatch(r"sm_\d+[af]?", arch) for arch in build["cuda"]["archs"])
-    assert info["cuda"] == f"{build['cuda']['nvcc']}: {' '.join(build['cuda']['archs'])}"
+    assert info["cuda"]["built"] == f"{build['cuda']['nvcc']}: {' '.join(build['cuda']['archs'])}"
 
 
 def test_without_cuda(source, tmp_path):  # noqa: F811
