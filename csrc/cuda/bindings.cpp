@@ -42,6 +42,7 @@ void check(const char* problem) {
 }
 
 void check_map_fits(const Call& call) {
+  CHECK(call.shape.h > 0 && call.shape.w > 0, "H and W must be at least 1");
   const char* why = cuda::obstacle(call);
   CHECK(!why, "x is too long: ", why ? why : "");
 }

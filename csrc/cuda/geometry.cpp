@@ -142,6 +142,9 @@ Cut resident_cut(const Call& call, bool aligned, const Device& device, int block
   int64_t unit = call.nhwc ? vector_of(call) : unit_of(call), group = ceil_div(s.c, blocks);
   if (round_up(group, unit) * (blocks - 1) < s.c) group = round_up(group, unit);
   Cut cut = cut_of(call);
+  // What it takes at least, before any of it is counted in 32 bits.
+  int64_t lines = (group + middles * s.m) * s.length() * acc_bytes_of(call.dtype);
+  if (lines + group * s.h * s.w * bytes_of(call.dtype) > device.shared_memory) return cut;
   Geometry& g = cut.geometry;
   g.group = (int)group;
   g.chunk = middles ? (int)s.length() : chunk_of(call, stage_target);
