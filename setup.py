@@ -181,6 +181,16 @@ class Cuda:
         raise SystemExit(f"coordatt_fast: libcudart_static.a was not found under {root}; set CUDA_HOME")
 
 
+def other_cuda(torchs: str | None, nvccs: str) -> str | None:
+    """Why a library of this nvcc would not serve that torch's GPUs; None when it would, or FORCE_CUDA insists."""
+    if not torchs or torchs.split(".")[0] == nvccs.split(".")[0] or os.environ.get("FORCE_CUDA"):
+        return None
+    return (
+        f"torch is built with CUDA {torchs}, nvcc is {nvccs}, which may need a newer driver than torch does; "
+        "set CUDA_HOME to a CUDA of torch's major version, or FORCE_CUDA=1"
+    )
+
+
 class Toolchain:
     """What is there to build with. Raises Skip where something is missing."""
 
@@ -201,6 +211,11 @@ class Toolchain:
         self.machine = self.ask("-dumpmachine").split("-")[0]
         nvcc = find_nvcc()
         self.cuda = Cuda(nvcc) if nvcc else None
+        found: dict[str, str | None] = {}
+        exec((self.torch / "version.py").read_text(), found)
+        if self.cuda and (why := other_cuda(found.get("cuda"), self.cuda.version)):
+            print(f"coordatt_fast: no CUDA kernels: {why}", flush=True)
+            self.cuda = None
 
     def ask(self, option: str) -> str:
         return subprocess.run([*self.cxx, option], check=True, capture_output=True, text=True).stdout.strip()

@@ -172,9 +172,9 @@ inline void set_params(Call& call, const ForwardTensors& t, Parameters& params) 
   p.eps = t.eps;
 }
 
-// What a training forward moves. Kept in the accumulate type's kind: float64 beside float64 statistics.
+// What a training forward moves: in narrow (x's dtype, where it is known) or in mean's, the accumulate dtype.
 inline RunningStatistics running_of(const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& tracked,
-                                    std::optional<double> momentum, const Tensor& mean) {
+                                    std::optional<double> momentum, const Tensor& mean, std::optional<DType> narrow) {
   RunningStatistics r;
   if (tracked) {
     check_device(*tracked, mean, "num_batches_tracked");
@@ -189,8 +189,11 @@ inline RunningStatistics running_of(const MaybeTensor& running_mean, const Maybe
     CHECK(t->dim() == 1 && t->numel() == mean.numel(), name, " must be [M]");
     p = {t->mutable_data_ptr(), dtype_of(*t, name)};
     step = t->stride(0);
-    CHECK((mean.scalar_type() == ScalarType::Double) == (p.dtype == DType::f64), name,
+    bool is_wide = (mean.scalar_type() == ScalarType::Double) == (p.dtype == DType::f64);
+    bool is_half = p.dtype == DType::bf16 || p.dtype == DType::f16;
+    CHECK(is_wide && !(is_half && narrow && *narrow != p.dtype), name,
           " must have x's dtype, or float32 beside half-precision x");
+    if (is_half) narrow = p.dtype;  // the other one's too
   };
   take(running_mean, r.mean, r.mean_step, "running_mean");
   take(running_var, r.var, r.var_step, "running_var");
@@ -274,7 +277,7 @@ template <class Backend> struct Fused {
     Tensor in = native(x, args.nhwc), out = Backend::empty_map(x, args.nhwc);
     Tensor pooled = empty2(x, s.rows(), s.c, acc), squeezed = empty2(x, s.rows(), s.m, acc);
     Tensor gates = empty2(x, s.rows(), s.c, acc), mean = empty1(x, s.m, acc), var = empty1(x, s.m, acc);
-    RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean);
+    RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, args.dtype);
     if (norm == 1 && !x.numel()) {
       torch::stable::copy_(mean, *bn_mean);
       torch::stable::copy_(var, *bn_var);
@@ -302,6 +305,7 @@ template <class Backend> struct Fused {
     s.m = conv1_weight.size(0);
     ScalarType acc = acc_of(x);
     auto check_saved = [&](const Tensor& t, int64_t count, const char* name) {
+      check_device(t, x, name);
       CHECK(t.scalar_type() == acc && t.is_contiguous() && t.numel() == count, name, " is not what the forward pass saved");
       return t.mutable_data_ptr();
     };
@@ -350,7 +354,7 @@ template <class Backend> struct Fused {
   static void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var,
                                    const MaybeTensor& num_batches_tracked, const Tensor& squeezed, const Tensor& mean,
                                    const Tensor& var, std::optional<double> momentum) {
-    RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean);
+    RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, std::nullopt);
     Backend::update(running, mean, var, squeezed.size(0));
   }
 };

@@ -113,6 +113,16 @@ def test_no_nvcc(script, monkeypatch):
         script["find_nvcc"]()
 
 
+def test_another_cuda_than_torchs(script, monkeypatch):
+    """Its runtime is linked in, and asks for a driver that torch may do without."""
+    monkeypatch.delenv("FORCE_CUDA", raising=False)
+    other = script["other_cuda"]
+    assert other(None, "13.0") is None and other("13.2", "13.0") is None
+    assert "torch is built with CUDA 12.8, nvcc is 13.0" in other("12.8", "13.0")
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert other("12.8", "13.0") is None
+
+
 def has_nvcc():
     with mock.patch("setuptools.setup"), mock.patch.dict(os.environ, {"FORCE_CUDA": ""}):
         return runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]() is not None

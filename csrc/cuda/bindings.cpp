@@ -22,7 +22,7 @@ namespace {
 
 #ifdef COORDATT_ON_CPU
 struct Here {
-  cuda::Run run{emulator::device_index(), nullptr, nullptr};
+  cuda::Run run{emulator::device_index(), nullptr, nullptr, 0};
   explicit Here(const Tensor&) {}
 };
 #else
@@ -30,7 +30,7 @@ struct Here {
 struct Here {
   torch::stable::accelerator::DeviceGuard guard;
   cuda::Run run;
-  explicit Here(const Tensor& x) : guard(x.get_device_index()), run{x.get_device_index(), nullptr, nullptr} {
+  explicit Here(const Tensor& x) : guard(x.get_device_index()), run{x.get_device_index(), nullptr, nullptr, 0} {
     CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(run.device, &run.stream));
   }
@@ -45,6 +45,7 @@ void check(const char* problem) {
 }
 
 void check_map_fits(const Call& call) {
+  CHECK(call.shape.h > 0 && call.shape.w > 0, "H and W must be at least 1");
   const char* why = cuda::obstacle(call);
   CHECK(!why, "x is too long: ", why ? why : "");
 }
@@ -62,8 +63,6 @@ struct Cuda {
                          like.scalar_type());
   }
 
-  static Tensor workspace(size_t bytes, const Tensor& x) { return empty1(x, (int64_t)bytes, ScalarType::Byte); }
-
   static void forward(const ForwardArgs& args, const RunningStatistics& running, const Tensor& x) {
     check_map_fits(args);
     Here here(x);
@@ -73,7 +72,8 @@ struct Cuda {
         check(cuda::update_running_stats(running, args, nullptr, nullptr, 0, here.run));
       return;
     }
-    Tensor space = workspace(cuda::workspace_bytes(args, here.run), x);
+    here.run.workspace_bytes = cuda::workspace_bytes(args, here.run);
+    Tensor space = empty1(x, (int64_t)here.run.workspace_bytes, ScalarType::Byte);
     here.run.workspace = space.mutable_data_ptr();
     check(cuda::forward(args, running, here.run));
   }
@@ -81,7 +81,8 @@ struct Cuda {
   static void backward(const BackwardArgs& args, const Tensor& x) {
     check_map_fits(args);
     Here here(x);
-    Tensor space = workspace(cuda::workspace_bytes(args, here.run), x);
+    here.run.workspace_bytes = cuda::workspace_bytes(args, here.run);
+    Tensor space = empty1(x, (int64_t)here.run.workspace_bytes, ScalarType::Byte);
     here.run.workspace = space.mutable_data_ptr();
     check(cuda::backward(args, here.run));
   }
@@ -90,7 +91,8 @@ struct Cuda {
     Here here(mean);
     Call call;
     call.dtype = dtype_of(mean, "mean");
-    if (running.mean && running.mean.dtype != DType::f32) call.dtype = running.mean.dtype;
+    for (const Param* p : {&running.mean, &running.var})
+      if (*p && p->dtype != DType::f32) call.dtype = p->dtype;
     call.shape.m = mean.numel();
     check(cuda::update_running_stats(running, call, mean.mutable_data_ptr(), var.mutable_data_ptr(), rows, here.run));
   }

@@ -23,12 +23,6 @@ bool aligned(const Call& call, const Map& m) {
   return starts_aligned(m) && m.image % v == 0 && (!call.nhwc || m.step % v == 0);
 }
 
-// [N, groups, M, L], the most that any cut of this call makes.
-int64_t partial_bytes(const Call& call, int groups) {
-  const Shape& s = call.shape;
-  return round_up(s.n * groups * s.m * s.length() * acc_bytes_of(call.dtype), 256);
-}
-
 struct Plan {
   Way way = chain;
   Cut cut;
@@ -93,7 +87,7 @@ const char* make_plan(const ForwardArgs& f, const Run& run, Plan& plan) {
   if (training && (allowed || wanted == resident) && plan_resident(f, *device, run, plan)) return nullptr;
   bool forced_cluster = wanted >= 1 && wanted <= 16;
   if (!training && (allowed || forced_cluster) && plan_one_pass(f, *device, run, plan)) return nullptr;
-  plan.cut = stream_cut(f, aligned(f, f.x), *device, 1, 1);
+  plan.cut = stream_cut(f, aligned(f, f.x), *device, 1, 1, !training);
   return plan.cut.shared ? nullptr : "the map's lines do not fit into shared memory";
 }
 
@@ -125,6 +119,13 @@ const char* plan_of(const ForwardArgs& f, const Run& run, Plan& plan) {
   next = (next + 1) % kept;
   if (used < kept) ++used;
   return nullptr;
+}
+
+// Scratch: the groups' parts of the squeezed middle, [N, groups, M, L].
+size_t needs(const Call& call, const Plan& plan) {
+  if (plan.way != chain && plan.way != resident) return 0;
+  const Shape& s = call.shape;
+  return (size_t)round_up(s.n * plan.cut.geometry.groups * s.m * s.length() * acc_bytes_of(call.dtype), 256);
 }
 
 template <class P> P pass_of(const Call& call, const Cut& cut) {
@@ -174,14 +175,13 @@ const char* way_of(const ForwardArgs& f, const Run& run) {
 
 size_t workspace_bytes(const ForwardArgs& f, const Run& run) {
   Plan plan;
-  if (plan_of(f, run, plan)) return 0;
-  bool parts = plan.way == chain || plan.way == resident;
-  return parts ? (size_t)partial_bytes(f, plan.cut.geometry.groups) : 0;
+  return plan_of(f, run, plan) ? 0 : needs(f, plan);
 }
 
 const char* forward(const ForwardArgs& f, const RunningStatistics& running, const Run& run) {
   Plan plan;
   if (const char* why = plan_of(f, run, plan)) return why;
+  if (needs(f, plan) > run.workspace_bytes) return "set_forward was called during this call";
   if (plan.way != chain) {
     OnePass a = pass_of<OnePass>(f, plan.cut);
     a.x = f.x;

@@ -107,13 +107,17 @@ void set_stages(Geometry& g, int stages) {
 
 }  // namespace
 
-Cut stream_cut(const Call& call, bool aligned, const Device& device, int arrays, int sources) {
+Cut stream_cut(const Call& call, bool aligned, const Device& device, int arrays, int sources, bool every_block_adds) {
   const Shape& s = call.shape;
   int64_t bytes = bytes_of(call.dtype), acc = acc_bytes_of(call.dtype), unit = call.nhwc ? vector_of(call) : unit_of(call);
-  // Every block reads all groups' parts of its image's middle: at most a quarter of its own share of the map.
-  double parts = 4.0 * (double)(s.c * s.m * s.length() * acc) / (double)(s.h * s.w * bytes);
-  int64_t group = ceil_div(s.n * s.c, blocks_per_processor * (int64_t)device.processors);
-  if (group < (int64_t)sqrt(parts)) group = (int64_t)sqrt(parts);
+  // The parts [groups, M, L] of an image's middle, beside a channel's plane: read by each block of a gate pass that adds them
+  // up itself, once by a pass in between. A fresh group costs that much more time; both factors are estimates (bytes to an SM
+  // from the L2 at 64 and from memory at 20 a cycle; a part written and read once at most a quarter of the plane's time).
+  double parts = (double)(s.m * s.length() * acc) / (double)(s.h * s.w * bytes);
+  int64_t least = (int64_t)(every_block_adds ? sqrt(20.0 / 64 * (double)s.c * parts) : 4 * parts);
+  int64_t slots = blocks_per_processor * (int64_t)device.processors;
+  int64_t groups = slots / s.n > 1 ? slots / s.n : 1, group = ceil_div(s.c, groups);
+  if (group < least) group = least;
   if (call.nhwc && group < 128 / bytes) group = 128 / bytes;  // whole cache lines of a pixel's channels
   group = clamp(round_up(group, unit), 1, s.c);
   Cut cut = cut_of(call);
@@ -149,7 +153,10 @@ Cut resident_cut(const Call& call, bool aligned, const Device& device, int block
   int64_t unit = call.nhwc ? vector_of(call) : unit_of(call), group = ceil_div(s.c, blocks);
   if (round_up(group, unit) * (blocks - 1) < s.c) group = round_up(group, unit);
   Cut cut = cut_of(call);
-  if (blocks > s.c || group * s.h * s.w * bytes_of(call.dtype) > device.shared_memory) return cut;
+  if (blocks > s.c) return cut;
+  // What it takes at least, before any of it is counted in 32 bits.
+  int64_t lines = (group + middles * s.m) * s.length() * acc_bytes_of(call.dtype);
+  if (lines + group * s.h * s.w * bytes_of(call.dtype) > device.shared_memory) return cut;
   Geometry& g = cut.geometry;
   g.group = (int)group;
   g.chunk = middles ? (int)s.length() : chunk_of(call, stage_target);

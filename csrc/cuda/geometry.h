@@ -87,8 +87,8 @@ struct Cut {
 };
 
 // For passes that walk the map: the kernel keeps that many arrays of lines and streams that many maps. aligned: all maps
-// start at, and (nhwc) have their pixels, multiples of 16 bytes apart.
-Cut stream_cut(const Call&, bool aligned, const Device&, int arrays, int sources);
+// start at, and (nhwc) have their pixels, multiples of 16 bytes apart. every_block_adds: all groups' parts of the middle.
+Cut stream_cut(const Call&, bool aligned, const Device&, int arrays, int sources, bool every_block_adds = false);
 
 // For one launch that keeps x in shared memory: an image's channels over that many blocks, every piece with a stage of
 // its own. middles: how many [M, L] the kernel keeps; 0: the middle passes in chunks.

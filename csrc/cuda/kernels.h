@@ -13,6 +13,7 @@ struct Run {
   int device;
   void* stream;
   void* workspace;
+  size_t workspace_bytes;
 };
 
 // Lines of the middle from outside the package, [N, C, lines]: element n * image + c * channel + l * line.

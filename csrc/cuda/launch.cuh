@@ -61,21 +61,22 @@ template <auto kernel, class Args> const char* launch_kernel(const Launch& l, co
   return text_of(cudaLaunchKernelEx(&c.config, kernel, args));
 }
 
-template <auto kernel> int clusters_that_fit(const Launch& l, const Run& run) {
-  const Device* device;
-  if (device_of(run, device) || prepare<kernel>(run.device, device->shared_memory)) return 0;
-  if (l.cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  Config c(l, run, device->arch);
-  int found = 0;
-  return cudaOccupancyMaxActiveClusters(&found, kernel, &c.config) == cudaSuccess ? found : 0;
-}
-
 template <auto kernel> int blocks_that_fit(const Launch& l, const Run& run) {
   const Device* device;
   if (device_of(run, device) || prepare<kernel>(run.device, device->shared_memory)) return 0;
   int found = 0;
   cudaError_t e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, l.threads, l.shared);
   return e == cudaSuccess ? found * device->processors : 0;
+}
+
+template <auto kernel> int clusters_that_fit(const Launch& l, const Run& run) {
+  if (l.cluster == 1) return blocks_that_fit<kernel>(l, run);  // the query below refuses launches without a cluster size
+  const Device* device;
+  if (device_of(run, device) || prepare<kernel>(run.device, device->shared_memory)) return 0;
+  if (l.cluster > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  Config c(l, run, device->arch);
+  int found = 0;
+  return cudaOccupancyMaxActiveClusters(&found, kernel, &c.config) == cudaSuccess ? found : 0;
 }
 
 #endif
