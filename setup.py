@@ -182,7 +182,7 @@ class Cuda:
 
 
 def other_cuda(torchs: str | None, nvccs: str) -> str | None:
-    """Why a library of this nvcc would not serve that torch's GPUs; None when it would, or FORCE_CUDA insists."""
+    """Why a library of this nvcc may not serve that torch's GPUs; None when it does, or FORCE_CUDA is set."""
     if not torchs or torchs.split(".")[0] == nvccs.split(".")[0] or os.environ.get("FORCE_CUDA"):
         return None
     return (

@@ -96,16 +96,7 @@ __device__ __forceinline__ void copy_arrive(Barrier* b) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b)) : "memory");
 }
 
-// Clusters (sm_90 and newer).
-__device__ __forceinline__ int cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return (int)rank;
-}
-
-// All threads of the cluster arrive and wait; what was written to shared memory before is seen after.
+// All threads of the cluster (sm_90 and newer) arrive and wait; what was written to shared memory before is seen after.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

@@ -435,7 +435,6 @@ const void* cluster_address(const void* p, int rank) {
   return b->shared + ((const char*)p - here.shared);
 }
 
-int cluster_rank() { return (int)(self->block->index % self->block->cluster->blocks.size()); }
 
 std::vector<std::string> launches() { return std::exchange(launched, {}); }
 

@@ -55,7 +55,6 @@ void copy16(void* shared, const void* global);
 void copy_arrive(uint64_t* b);
 void cluster_sync(int site);
 const void* cluster_address(const void* p, int rank);
-int cluster_rank();
 void grid_sync(int site);
 void grid_dependency_wait(int site);
 void shuffle_xor(void* value, int bytes, int mask);
@@ -111,7 +110,6 @@ using emulator::barrier_arrive;
 using emulator::barrier_expect;
 using emulator::barrier_init;
 using emulator::bulk_copy;
-using emulator::cluster_rank;
 using emulator::copy16;
 using emulator::copy_arrive;
 inline void barrier_init_fence() {}
