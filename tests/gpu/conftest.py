@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # harness, shapes, paper, tolerances
 
-HANGS_AFTER = 240  # seconds; compiling the slowest test's kernels takes a fraction of that
+HANGS_AFTER = 150  # seconds; compiling the slowest test's kernels takes a fraction of that
 
 
 def pytest_collection_modifyitems(items):
