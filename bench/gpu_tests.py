@@ -20,7 +20,7 @@ def command(folder: Path | None = None) -> list[str]:
     found = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations=20", "tests/gpu"]
     if importlib.util.find_spec("xdist"):  # compiling takes most of the time
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        found += ["-n", str(max(1, min(WORKERS, cores - 2))), "--dist", "loadgroup"]
+        found += ["-n", str(max(1, min(WORKERS, cores - 2)))]
     return found + ([f"--junitxml={folder / 'gpu-tests.xml'}"] if folder else [])
 
 

@@ -1,8 +1,10 @@
 """Tests that need a GPU: run them with `pytest tests/gpu`. A plain pytest run skips this folder."""
 
 import faulthandler
+import fcntl
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
 
 
+def watch():
+    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True, file=sys.__stderr__)
+
+
 @pytest.fixture(autouse=True)
 def _ends():
     """A kernel that waits for ever ends this process with a traceback; pytest-xdist names the test and goes on."""
-    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True, file=sys.__stderr__)
+    watch()
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture
+def much_memory(_ends):
+    """One such test at a time on this machine."""
+    with open(Path(tempfile.gettempdir()) / f"coordatt_fast-gpu-tests-{os.getuid()}.lock", "w") as file:
+        faulthandler.cancel_dump_traceback_later()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        watch()
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +63,10 @@ def _errors_show(request, _ends):
 
 
 @pytest.fixture(autouse=True)
-def _plain_pytorch(monkeypatch):
+def _plain_pytorch():
     """Adaptive pooling's backward, which plain PyTorch uses, raises on CUDA where determinism is insisted on. Its
     convolutions are what ours are compared with, in the precision that they name."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(True)

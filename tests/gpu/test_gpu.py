@@ -199,10 +199,9 @@ BEYOND = {
 }
 
 
-@pytest.mark.xdist_group("much memory")
 @pytest.mark.parametrize("size", BEYOND)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_beyond_32_bits(size, layout, backend):
+def test_beyond_32_bits(size, layout, backend, much_memory):
     """Every element of out and dx of maps whose bytes or elements no 32-bit number counts."""
     shape, dtype = BEYOND[size]
     if free_gigabytes() < 60:
