@@ -49,7 +49,8 @@ class Case:
 
     def tensor(self, seed: int) -> Tensor:
         """Standard normal numbers in this case's shape, dtype, layout and device."""
-        values = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        values = torch.randn(self.shape, generator=generator, device=self.device)
         return values.to(self.device, DTYPES[self.dtype]).contiguous(memory_format=LAYOUTS[self.layout])
 
     def place(self, module: nn.Module) -> nn.Module:

@@ -83,6 +83,17 @@ def compiler() -> str:
     return subprocess.run([found, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 
+def cuda_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on the path, or where toolkits are put."""
+    if found := shutil.which(name):
+        return found
+    homes = [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    places = [path for home in homes for path in Path(home).glob(f"bin/{name}")]
+    for folder in ("usr/local/cuda*/bin", f"usr/local/cuda*/{name}", "opt/nvidia/*/*"):
+        places += sorted(Path("/").glob(f"{folder}/{name}"))
+    return next((str(path) for path in places if os.access(path, os.X_OK) and path.is_file()), None)
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)

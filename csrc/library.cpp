@@ -54,6 +54,7 @@ STABLE_TORCH_LIBRARY(coordatt_fast, m) {
   m.def("set_simd_level(str level) -> ()");
   m.def("set_cuda_forward(str way) -> ()");
   m.def("cuda_forward_way(Tensor x, int mid, bool training) -> str");
+  m.def("cuda_forward_outline(Tensor x, int mid, bool training) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CompositeExplicitAutograd, m) {

@@ -194,57 +194,6 @@ def test_quick_run_writes_its_files(tmp_path, capsys):
     assert (tmp_path / "speedup.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_gpu_benchmark_tries_out_on_a_cpu(tmp_path, capsys):
-    """All of it but the device's own clock and graphs: cases, checks, table, files."""
-    from bench import gpu
-
-    assert gpu.main(["--device", "cpu", "--quick", "--rounds", "2", "--out", str(tmp_path)]) == 0
-    assert "ALL CHECKS PASSED" in (tmp_path / "gpu.txt").read_text()
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert {phase for result in found["results"] for phase in result["speedup"]} == {"eval", "forward", "backward"}
-    assert "eval" in capsys.readouterr().out
-
-
-def test_gpu_traffic_reads_the_profilers_table():
-    from bench import gpu_traffic
-
-    head = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-    rows = gpu_traffic.rows(
-        "==PROF== Connected\n" + head
-        + '"0","7","pool_kernel(float*)","dram__bytes_read.sum","Mbyte","1,234.5"\n'
-        + '"0","7","pool_kernel(float*)","gpu__time_duration.sum","us","12.0"\n'
-        + '"1","7","gate_kernel","dram__bytes_write.sum","Kbyte","2"\n'
-    )
-    assert rows[0] == {"kernel": "pool_kernel", "dram__bytes_read.sum": 1234.5e6, "gpu__time_duration.sum": 12e-6}
-    assert rows[1] == {"kernel": "gate_kernel", "dram__bytes_write.sum": 2000}
-
-
-def test_gpu_traffic_says_why_it_has_no_numbers(monkeypatch):
-    from bench import gpu_traffic
-
-    monkeypatch.setattr(gpu_traffic.shutil, "which", lambda name: None)
-    found = gpu_traffic.traffic((1, 8, 7, 7), "float32", "nchw")
-    assert found["reason"] == "ncu was not found"
-    assert "not measured, ncu was not found" in gpu_traffic.table(found)
-    monkeypatch.setitem(sys.modules, "coordatt_fast.kernels", None)
-    assert gpu_traffic.predicted((1, 8, 7, 7), "float32", "nchw") == []
-
-
-def test_gpu_traffic_puts_predictions_beside_measurements():
-    pytest.importorskip("triton")
-    from bench import gpu_traffic
-
-    predicted = gpu_traffic.predicted((1, 8, 7, 7), "float32", "nchw")
-    assert [p["kernel"] for p in predicted] == [
-        "pool_kernel", "gate_kernel", "pool_kernel", "stats_kernel", "gate_kernel",
-        "reduce_kernel", "mix_backward_kernel", "weights_kernel", "spread_kernel",
-    ]  # fmt: skip
-    launches = [{"kernel": name} | dict.fromkeys(gpu_traffic.METRICS, 1.0) for name in ("pool_kernel", "fill")]
-    found = {"shape": [1, 8, 7, 7], "dtype": "float32", "layout": "nchw", "launches": launches, "reason": ""}
-    lines = gpu_traffic.table(found | {"predicted": predicted}).splitlines()
-    assert "predicted" in lines[1] and "predicted" not in lines[2]
-
-
 def test_probe_prints_its_times(capsys):
     from bench import probe
 

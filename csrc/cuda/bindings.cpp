@@ -177,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tenso
   return {dx, ds_h, ds_w};
 }
 
-std::string forward_way(const Tensor& x, int64_t mid, bool training) {
+// Calls f with what a call's forward pass on x would be given.
+template <class F> void with_forward(const Tensor& x, int64_t mid, bool training, F f) {
   ForwardArgs args{};
   (Call&)args = call_of(x, training ? 2 : 1, 0, false);
   check_map_fits(args);
@@ -186,7 +187,31 @@ std::string forward_way(const Tensor& x, int64_t mid, bool training) {
   args.x = map_of(in, args.nhwc);
   if (training) args.saved.gates = in.mutable_data_ptr();
   Here here(x);
-  return cuda::way_of(args, here.run);
+  f(args, here.run);
+}
+
+std::string forward_way(const Tensor& x, int64_t mid, bool training) {
+  std::string way;
+  with_forward(x, mid, training, [&](const ForwardArgs& args, const cuda::Run& run) { way = cuda::way_of(args, run); });
+  return way;
+}
+
+// JSON.
+std::string forward_outline(const Tensor& x, int64_t mid, bool training) {
+  cuda::Outline o{};
+  with_forward(x, mid, training, [&](const ForwardArgs& args, const cuda::Run& run) { check(cuda::outline_of(args, run, o)); });
+  std::string text = "{\"way\": \"" + forward_way(x, mid, training) + "\"";
+  auto add = [&](const char* name, int value) { text += std::string(", \"") + name + "\": " + std::to_string(value); };
+  add("blocks", o.blocks);
+  add("cluster", o.cluster);
+  add("shared", o.shared);
+  add("group", o.group);
+  add("groups", o.groups);
+  add("stages", o.stages);
+  add("held", o.held);
+  add("processors", o.processors);
+  add("shared_per_processor", o.shared_per_processor);
+  return text + "}";
 }
 
 }  // namespace
@@ -195,6 +220,7 @@ std::string forward_way(const Tensor& x, int64_t mid, bool training) {
 STABLE_TORCH_LIBRARY(coordatt_fast_cuda_on_cpu, m) {
   define_operators(m);
   m.def("cuda_forward_way(Tensor x, int mid, bool training) -> str");
+  m.def("cuda_forward_outline(Tensor x, int mid, bool training) -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(coordatt_fast_cuda_on_cpu, CPU, m) {
 #else
@@ -202,6 +228,7 @@ STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CUDA, m) {
 #endif
   COORDATT_IMPLEMENT(m, Cuda);
   m.impl("cuda_forward_way", TORCH_BOX(&forward_way));
+  m.impl("cuda_forward_outline", TORCH_BOX(&forward_outline));
 }
 
 }  // namespace bindings

@@ -27,6 +27,7 @@ struct Plan {
   Way way = chain;
   Cut cut;
   int clusters = 0;
+  int held = 0;
 };
 
 // The clusters' size: rounds of images, each as long as a block's share takes plus what starts and ends it. The two
@@ -51,6 +52,7 @@ bool plan_one_pass(const ForwardArgs& f, const Device& device, const Run& run, P
       best = time;
       plan.way = (Way)blocks;
       plan.cut = cut;
+      plan.held = held;
       plan.clusters = (int)(f.shape.n < held ? f.shape.n : held);
     }
   }
@@ -69,7 +71,9 @@ bool plan_resident(const ForwardArgs& f, const Device& device, const Run& run, P
     OnePass a{};
     (Call&)a = f;
     a.geometry = cut.geometry;
-    if (training_blocks_held(a, cut.shared, run) < s.n * cut.geometry.groups) return false;
+    int held = training_blocks_held(a, cut.shared, run);
+    if (held < s.n * cut.geometry.groups) return false;
+    plan.held = held;
     plan.way = resident;
     plan.cut = cut;
     return true;
@@ -171,6 +175,19 @@ const char* way_of(const ForwardArgs& f, const Run& run) {
     case 8: return "cluster:8";
     default: return "cluster:16";
   }
+}
+
+const char* outline_of(const ForwardArgs& f, const Run& run, Outline& o) {
+  Plan plan;
+  const Device* device;
+  if (const char* why = plan_of(f, run, plan)) return why;
+  if (const char* why = device_of(run, device)) return why;
+  const Geometry& g = plan.cut.geometry;
+  bool cluster = plan.way != chain && plan.way != resident;
+  int blocks = (int)(cluster ? plan.clusters * (int64_t)plan.way : f.shape.n * g.groups);
+  o = {blocks, cluster ? (int)plan.way : 1, plan.cut.shared, g.group, g.groups, g.stages, plan.held,
+       device->processors, device->shared_per_processor};
+  return nullptr;
 }
 
 size_t workspace_bytes(const ForwardArgs& f, const Run& run) {

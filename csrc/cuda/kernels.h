@@ -53,5 +53,12 @@ bool set_forward(const char* way);
 // The way that this call would go; saved.gates not null: in training.
 const char* way_of(const ForwardArgs&, const Run&);
 
+// How it is cut up. held: clusters, or blocks of resident training, that the device holds at a time; 0 for a chain.
+struct Outline {
+  int blocks, cluster, shared;  // of the launch, or of the chain's first
+  int group, groups, stages, held, processors, shared_per_processor;
+};
+const char* outline_of(const ForwardArgs&, const Run&, Outline&);
+
 }  // namespace cuda
 }  // namespace coordatt

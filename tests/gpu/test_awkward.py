@@ -1,32 +1,20 @@
-"""The interpreter suite's cases, compiled: awkward shapes, dtypes, layouts, norms and activations, within tolerances.py."""
-
-import contextlib
+"""Every backend in awkward shapes, dtypes, layouts, norms and activations, within tolerances.py."""
 
 import pytest
-import torch
-from harness import FLOATS, LAYOUTS, Case, build, compare, run
+from harness import FLOATS, LAYOUTS, Case
+from on_gpu import compare
 from paper import ACTIVATIONS
 from shapes import AWKWARD, FEW
 
-from coordatt_fast import CoordAtt
-
 pytestmark = pytest.mark.usefixtures("backend")
 SHAPES = [*FEW, "one-channel", "H=1", "W=1", "W=14", "W=20", "mid=1", "mid=88", "mid>C", "deep"]
-
-
-def on_gpu(case, d, backward=True):
-    module = build(CoordAtt, case, d.params).cuda()
-    cast = torch.autocast("cuda", dtype=case.dtype) if case.autocast else contextlib.nullcontext()
-    with cast:
-        results = run(module, d.x.cuda(), d.grad.cuda() if backward else None)
-    return {name: t.cpu() for name, t in results.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape, layout):
     for norm in ("batch", "running"):
-        compare(Case(*AWKWARD[shape], layout=layout, norm=norm), under_test=on_gpu)
+        compare(Case(*AWKWARD[shape], layout=layout, norm=norm))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -34,12 +22,12 @@ def test_shapes(shape, layout):
 @pytest.mark.parametrize("shape", ["primes", "W=7", "large"])
 def test_dtypes(shape, dtype, layout):
     for norm in ("batch", "running"):
-        compare(Case(*AWKWARD[shape], dtype=FLOATS[dtype], layout=layout, norm=norm), under_test=on_gpu)
+        compare(Case(*AWKWARD[shape], dtype=FLOATS[dtype], layout=layout, norm=norm))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_x_with_float32_parameters(dtype):
-    compare(Case(*AWKWARD["primes"], dtype=FLOATS[dtype], autocast=True), under_test=on_gpu)
+    compare(Case(*AWKWARD["primes"], dtype=FLOATS[dtype], autocast=True))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -47,4 +35,4 @@ def test_half_x_with_float32_parameters(dtype):
 def test_options(norm, activation):
     for skip, bias, affine in ((False, True, True), (True, False, False)):
         case = Case(*AWKWARD["primes"], norm=norm, activation=activation, skip=skip, bias=bias, affine=affine)
-        compare(case, under_test=on_gpu)
+        compare(case)

@@ -1,8 +1,5 @@
-"""What only a GPU can show: launches, graphs, streams, devices, addresses beyond 32 bits, and the numbers at full size.
-
-Numbers are compared with the reference in float64 on the GPU: root mean square error at most twice plain
-PyTorch's own in the same dtype, plus one unit in the last place.
-"""
+"""What only a GPU can show, of every backend: launches, graphs, streams, devices, addresses beyond 32 bits, numbers at
+full size, compared with the reference in float64 on the GPU (on_gpu.close)."""
 
 import copy
 import functools
@@ -13,67 +10,13 @@ import sys
 
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, feature_map
-from paper import PaperCoordAtt
+from harness import FLOATS, LAYOUTS
+from on_gpu import SIZES, close, launches, maps, modules, piecewise, same_bits, step
 
-from coordatt_fast import CoordAtt, explain, use_backend
-from coordatt_fast.backends import VERIFIED
+from coordatt_fast import explain, use_backend
+from coordatt_fast.backends import VERIFIED, built_with_cuda, cuda_obstacle
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-SIZES = {
-    "large": ((16, 96, 112, 112), 8),
-    "yolo": ((4, 128, 80, 80), 8),
-    "middle": ((32, 192, 28, 28), 8),
-    "14": ((33, 384, 14, 14), 12),
-    "7": ((64, 960, 7, 7), 30),
-    "one image": ((1, 576, 14, 14), 18),
-    "odd": ((3, 101, 37, 53), 9),
-    "wide": ((2, 24, 3, 1030), 8),
-    "one pixel": ((5, 64, 1, 1), 8),
-}
-
-
-def maps(shape, dtype=torch.float32, layout="nchw", count=2):
-    g = torch.Generator().manual_seed(7)
-    return [feature_map(shape, g, dtype, layout).cuda() for _ in range(count)]
-
-
-def modules(channels, mid, dtype=torch.float32, training=True):
-    """Ours and plain PyTorch's, the same weights, on the GPU."""
-    torch.manual_seed(channels)
-    plain = PaperCoordAtt(channels, channels, mid_channels=mid)
-    with torch.no_grad():
-        for name, t in (*plain.named_parameters(), *plain.named_buffers()):
-            if t.is_floating_point():
-                t.copy_(torch.randn(t.shape) * 0.5 + (1.5 if name == "bn1.weight" else 0))
-                if name == "bn1.running_var":
-                    t.abs_().add_(0.3)
-    ours = CoordAtt(channels, channels, mid_channels=mid)
-    ours.load_state_dict(plain.state_dict())
-    return [m.to("cuda", dtype).train(training) for m in (ours, plain)]
-
-
-def step(module, x, grad):
-    x = x.detach().requires_grad_()
-    for p in module.parameters():
-        p.grad = None
-    out = module(x)
-    out.backward(grad)
-    found = {"out": out.detach(), "d x": x.grad} | {"d " + k: p.grad for k, p in module.named_parameters()}
-    return found | {k: b.clone() for k, b in module.named_buffers() if b.is_floating_point()}
-
-
-def close(found, plain, truth):
-    for name, right in truth.items():
-        right = right.double()
-        if name == "d conv1.bias" and not right.abs().max() > 1e-6:
-            assert not found[name].any(), "exactly zero under batch statistics"
-            continue
-        rms = lambda t: (t.double() - right).square().mean().sqrt().item()
-        unit = torch.finfo(found[name].dtype).eps * right.square().mean().sqrt().item()
-        assert rms(found[name]) <= 2 * rms(plain[name]) + unit, f"{name}: {rms(found[name])}, plain {rms(plain[name])}"
-
 
 FULL_SIZE = [(size, dtype) for size in SIZES for dtype in ("float32", "bfloat16")]
 FULL_SIZE += [(size, dtype) for size in ("14", "odd") for dtype in ("float16", "float64")]
@@ -100,27 +43,22 @@ def test_numbers(size, dtype, layout, backend):
 
 
 def test_auto():
-    """Takes only what is said to have passed these tests."""
+    """Takes cuda where csrc/cuda/verified.h, as it was built, names this architecture, then triton, then neither."""
     ours, _ = modules(64, 8)
     with use_backend("auto"):
         plan = explain(ours, maps((2, 64, 7, 7), count=1)[0])
-    assert VERIFIED or (plan.backend == "reference" and "not passed its tests on a GPU" in plan.reason)
-
-
-def launches(call):
-    """Names of the kernels that a warm call launches."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    major, minor = torch.cuda.get_device_capability()
+    if not cuda_obstacle("cuda") and ["chain", 10 * major + minor] in built_with_cuda()["verified"]:
+        assert plan.backend == "cuda"
+    elif "triton" in VERIFIED:
+        assert plan.backend == "triton"
+    else:
+        assert plan.backend == "reference" and "not passed its tests on such a GPU" in plan.reason
 
 
 @pytest.mark.parametrize("shape, mid", [((32, 96, 56, 56), 8), ((1, 960, 7, 7), 30)])
-def test_launches(shape, mid, monkeypatch):
-    """At most two in inference, three in training, four backward, and no copies."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+def test_launches(shape, mid, backend, poison_off):
+    """Two in inference, three in training, four backward or (cuda) three, and no copies."""
     x, grad = maps(shape)
     ours, _ = modules(shape[1], mid)
     leaf = x.detach().requires_grad_()
@@ -131,9 +69,10 @@ def test_launches(shape, mid, monkeypatch):
     with torch.inference_mode():
         ours.eval()
         inference = launches(lambda: ours(x))
+    most = {"triton": 4, "cuda": 3}
     assert len(inference) <= 2, inference
     assert len(forward) <= 3, forward
-    assert len(backward) <= 4, backward
+    assert len(backward) <= most[backend], backward
 
 
 def test_no_synchronisation():
@@ -164,7 +103,7 @@ def test_same_bits_every_time(layout):
         for _ in range(5):
             ours.load_state_dict(start)
             for name, value in step(ours, x, grad).items():
-                assert torch.equal(value.view(torch.uint8), expected[name].view(torch.uint8)), name
+                same_bits(value, expected[name], name)
 
 
 def test_half_types_round_to_nearest():
@@ -251,31 +190,34 @@ def free_gigabytes():
     return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0
 
 
-@pytest.mark.xdist_group("much memory")
-@pytest.mark.parametrize("shape", [(700, 96, 112, 112), (1, 33, 5000, 5000)], ids=["images", "one image"])
+BEYOND = {
+    "images": ((700, 96, 112, 112), "float32"),  # 3.4 GB
+    "one image": ((1, 206, 2048, 2044), "float32"),  # 3.4 GB
+    "elements": ((1800, 96, 112, 112), "bfloat16"),  # 2.2e9
+    "elements of one image": ((1, 516, 2048, 2044), "bfloat16"),  # 2.2e9
+    "a long line": ((1, 33, 5000, 5000), "float32"),  # 3.3 GB
+}
+
+
+@pytest.mark.parametrize("size", BEYOND)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_beyond_32_bits(shape, layout):
-    """A map of more than 3 GB: the last image and channel equal those of a small map with the same gates."""
-    if free_gigabytes() < 40:
-        pytest.skip("needs 40 GB of GPU memory")
-    x = torch.randn(shape, device="cuda").contiguous(memory_format=LAYOUTS[layout])
-    ours, plain = modules(shape[1], 8)
+def test_beyond_32_bits(size, layout, backend, much_memory):
+    """Every element of out and dx of maps whose bytes or elements no 32-bit number counts."""
+    shape, dtype = BEYOND[size]
+    if free_gigabytes() < 60:
+        pytest.skip("needs 60 GB of GPU memory")
+    if backend == "cuda" and shape[2] + shape[3] > 4096:
+        pytest.skip("H + W is above what the CUDA kernels take")
+    x, grad = (torch.randn(shape, device="cuda", dtype=FLOATS[dtype]).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    ours, plain = modules(shape[1], 8, FLOATS[dtype])
     leaf = x.requires_grad_()
     out = ours(leaf)
-    (dx,) = torch.autograd.grad(out, leaf, x.detach())
-    with torch.no_grad():
-        # The reference image by image: batch statistics once, then frozen.
-        rows = torch.cat([x.detach().mean(3), x.detach().mean(2)], dim=2)
-        z = plain.conv1(rows.unsqueeze(3))
-        u = plain.bn1(z)
-        s = plain.act(u)
-        a_h = torch.sigmoid(plain.conv_h(s[-1:, :, : shape[2]]))
-        a_w = torch.sigmoid(plain.conv_w(s[-1:, :, shape[2] :].transpose(2, 3)))
-        expected = x.detach()[-1:] * a_w * a_h
-    assert torch.allclose(out[-1:], expected, rtol=1e-4, atol=1e-4)
-    assert torch.isfinite(dx).all()
-    first = (x.detach()[-1:] * a_w * a_h - dx[-1:]).abs().max()
-    assert first < 0.1, "dx is the gated gradient but for the small part through the pools"
+    (dx,) = torch.autograd.grad(out, leaf, grad)
+    allowed = 1e-3 if dtype == "float32" else 3e-2
+    for piece, right, right_dx in piecewise(plain.float(), x.detach(), grad):
+        for name, found, expected in (("out", out, right), ("d x", dx, right_dx)):
+            error = (found.detach()[piece].float() - expected).abs() - allowed * expected.abs()
+            assert error.max() <= allowed, f"{name}, piece {piece}: {error.max()}"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -345,6 +287,7 @@ assert torch.equal(out, first) and torch.equal(state, torch.cuda.get_rng_state()
 """
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_autotune_keeps_what_it_timed(tmp_path):
     settings = {"COORDATT_FAST_AUTOTUNE": "1", "XDG_CACHE_HOME": str(tmp_path), "COORDATT_FAST_BACKEND": "triton"}
     for _ in range(2):
