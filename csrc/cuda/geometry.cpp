@@ -110,9 +110,9 @@ void set_stages(Geometry& g, int stages) {
 Cut stream_cut(const Call& call, bool aligned, const Device& device, int arrays, int sources, bool every_block_adds) {
   const Shape& s = call.shape;
   int64_t bytes = bytes_of(call.dtype), acc = acc_bytes_of(call.dtype), unit = call.nhwc ? vector_of(call) : unit_of(call);
-  // The parts [groups, M, L] of an image's middle, beside a channel's plane: read by each block of a gate pass that adds them
-  // up itself, once by a pass in between. A fresh group costs that much more time; both factors are estimates (bytes to an SM
-  // from the L2 at 64 and from memory at 20 a cycle; a part written and read once at most a quarter of the plane's time).
+  // More groups keep more SMs busy, but each brings a part [M, L] of its image's middle. Where every block of the gate adds up
+  // all parts, least balances its time for that against its share of the map (64 bytes a cycle from the L2, 20 from memory);
+  // where a pass between adds them up once, a part is at most a quarter of a share. Estimates, both.
   double parts = (double)(s.m * s.length() * acc) / (double)(s.h * s.w * bytes);
   int64_t least = (int64_t)(every_block_adds ? sqrt(20.0 / 64 * (double)s.c * parts) : 4 * parts);
   int64_t slots = blocks_per_processor * (int64_t)device.processors;
