@@ -1,6 +1,6 @@
 """The backends' operators as PyTorch sees them: calls from eager and compiled code, gradients, shapes, FLOPs.
 
-The compiled library's are torch.ops.coordatt_fast, with the schemas of csrc/library.cpp; the Triton backend's
+The compiled library's are torch.ops.coordatt_fast, with the schemas of csrc/bindings.h; the Triton backend's
 are torch.ops.coordatt_fast_triton, with the same schemas. R = N * (H + W) rows: pooled and gates are
 [R, C], squeezed is [R, M], mean and var are [M], float64 for float64 maps and float32 for all others; the
 order of the numbers in the first three is each backend's own. Eager calls go through an autograd.Function
@@ -26,7 +26,7 @@ _PARAMETERS = (
     "Tensor? bn_var, float eps, Tensor conv_h_weight, Tensor? conv_h_bias, Tensor conv_w_weight, "
     "Tensor? conv_w_bias"
 )
-# As in csrc/library.cpp.
+# As in csrc/bindings.h.
 _SCHEMAS = (
     f"attend(Tensor x, {_PARAMETERS}, int activation, bool skip) -> Tensor",
     f"attend_out(Tensor x, {_PARAMETERS}, int activation, bool skip, *, Tensor(a!) out) -> ()",

@@ -1,4 +1,4 @@
-"""The host's side of the Triton kernels: csrc/library.cpp's operators, with the same arguments and results.
+"""The host's side of the Triton kernels: csrc/bindings.h's operators, with the same arguments and results.
 
 Results that only the backward pass reads (pooled, gates) hold C * L numbers an image in the order of walk.py.
 """
