@@ -4,6 +4,7 @@
 # make examples      the examples, pictures in build/examples
 # make bench-micro   pytest-benchmark suites, one per pass
 # make aot           the GPU kernels compiled for GPUs that are not here
+# make sanitized     the CUDA kernels in the emulator, under sanitizers
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
 # make lint, make clean
 # Needs Python 3.10 or newer (PYTHON=python3.12 for another one), a C++ compiler and make.
@@ -15,7 +16,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
 REQUIREMENTS := $(filter-out $(ALONE),$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-rivals bench-micro examples aot gpu lint clean
+.PHONY: venv test bench bench-rivals bench-micro examples aot sanitized gpu lint clean
 
 venv: .venv/built
 
@@ -48,6 +49,9 @@ bench-micro: venv
 
 aot: venv
 	$(BIN)/pytest -q tests/aot $(ARGS)
+
+sanitized: venv
+	$(BIN)/pytest -q tests/cuda_on_cpu/test_sanitized.py $(ARGS)
 
 gpu: venv
 	$(BIN)/python -m bench.gpu --tests $(ARGS)

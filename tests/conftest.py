@@ -16,36 +16,17 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 import tolerances  # noqa: E402
-from harness import on_backend  # noqa: E402
+from harness import on_backend, supported_levels  # noqa: E402
 
-LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
-
-
-# Suites with a process or a machine of their own: collected only where the command names their folder.
-SEPARATE = ("aot", "gpu", "interpreted")
+# Suites with a process or a machine of their own: collected only where the command names them.
+SEPARATE = ("aot", "gpu", "interpreted", "test_sanitized.py")
 
 
 def pytest_ignore_collect(collection_path, config):
     name = collection_path.name
-    if name in SEPARATE and not any(f"tests/{name}" in str(arg) for arg in config.invocation_params.args):
+    named = name if name.endswith(".py") else f"tests/{name}"
+    if name in SEPARATE and not any(named in str(arg) for arg in config.invocation_params.args):
         return True
-
-
-def supported_levels():
-    """SIMD levels the compiled library runs on this machine; empty where it is not there."""
-    from coordatt_fast import backends
-
-    if not backends()["cpu"].available:
-        return []
-    found, start = [], torch.ops.coordatt_fast.simd_level()
-    for level in LEVELS:
-        try:
-            torch.ops.coordatt_fast.set_simd_level(level)
-        except (RuntimeError, ValueError):
-            continue
-        found.append(level)
-    torch.ops.coordatt_fast.set_simd_level(start)
-    return found
 
 
 def pytest_generate_tests(metafunc):

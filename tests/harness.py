@@ -25,6 +25,24 @@ FLOATS = {
     "float16": torch.float16,
 }
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
+
+
+def supported_levels():
+    """SIMD levels the compiled library runs on this machine; empty where it is not there."""
+    from coordatt_fast import backends
+
+    if not backends()["cpu"].available:
+        return []
+    found, start = [], torch.ops.coordatt_fast.simd_level()
+    for level in LEVELS:
+        try:
+            torch.ops.coordatt_fast.set_simd_level(level)
+        except (RuntimeError, ValueError):
+            continue
+        found.append(level)
+    torch.ops.coordatt_fast.set_simd_level(start)
+    return found
 
 
 def on_backend(name):

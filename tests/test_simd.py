@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, Case, compare, fused
+from harness import FLOATS, LAYOUTS, Case, compare, fused, supported_levels
 from paper import ACTIVATIONS
 from shapes import AWKWARD, FEW
 
@@ -45,8 +45,6 @@ def test_activations(activation, simd):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 flags")
 def test_every_level_of_this_processor_is_offered(cpu):
     """Otherwise the tests above pass by testing one level only."""
-    from conftest import supported_levels
-
     levels = supported_levels()
     assert levels[0] == "baseline"
     with open("/proc/cpuinfo") as info:

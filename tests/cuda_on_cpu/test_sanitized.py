@@ -1,4 +1,4 @@
-"""The CUDA kernels on the emulator, compiled with AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The CUDA kernels on the emulator, compiled with AddressSanitizer and UndefinedBehaviorSanitizer (make sanitized)."""
 
 import os
 import subprocess
