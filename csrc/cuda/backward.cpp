@@ -1,14 +1,9 @@
-// Backward of a whole call: gate, mix, pool in reverse, and the passes alone.
+// Backward of a whole call: gate, mix, pool in reverse.
 #include "passes.h"
 
 namespace coordatt {
 namespace cuda {
 namespace {
-
-bool aligned(const Call& call, const Map& m) {
-  int64_t v = 16 / bytes_of(call.dtype);
-  return ((uintptr_t)m.data & 15) == 0 && m.image % v == 0 && (!call.nhwc || m.step % v == 0);
-}
 
 // Scratch: ds [N, C, L]; partial [N, groups, M, L]; y and dz [N, M, L].
 struct Scratch {
@@ -23,12 +18,8 @@ struct Scratch {
   int64_t total() const { return ds + partial + 2 * row; }
 };
 
-template <class P> P pass_of(const Call& call, const Cut& cut) {
-  P p{};
-  (Call&)p = call;
-  p.geometry = cut.geometry;
-  p.room = cut.room;
-  return p;
+Cut reduce_cut(const BackwardArgs& b, const Device& device) {
+  return stream_cut(b, aligned(b, b.x) && aligned(b, b.grad), device, 2, 2);
 }
 
 bool wants_weights(const Gradients& out) {
@@ -40,15 +31,15 @@ bool wants_weights(const Gradients& out) {
 size_t workspace_bytes(const BackwardArgs& b, const Run& run) {
   const Device* device;
   if (device_of(run, device)) return 0;
-  Cut cut = stream_cut(b, aligned(b, b.x) && aligned(b, b.grad), *device, 2, 2);
+  Cut cut = reduce_cut(b, *device);
   return cut.shared ? (size_t)Scratch(b, cut.geometry.groups).total() : 0;
 }
 
 const char* backward(const BackwardArgs& b, const Run& run) {
   const Device* device;
   if (const char* why = device_of(run, device)) return why;
-  Cut cut = stream_cut(b, aligned(b, b.x) && aligned(b, b.grad), *device, 2, 2);
-  if (!cut.shared) return "the map's lines do not fit into shared memory";
+  Cut cut = reduce_cut(b, *device);
+  if (!cut.shared) return too_long;
   Scratch sizes(b, cut.geometry.groups);
   char* ds = (char*)run.workspace;
   char *partial = ds + sizes.ds, *y = partial + sizes.partial, *dz = y + sizes.row;
@@ -72,7 +63,7 @@ const char* backward(const BackwardArgs& b, const Run& run) {
   if (const char* why = launch(rows, run)) return why;
 
   Cut spread_cut = stream_cut(b, aligned(b, b.grad), *device, 2, 1);
-  if (!spread_cut.shared) return "the map's lines do not fit into shared memory";
+  if (!spread_cut.shared) return too_long;
   SpreadPass spread = pass_of<SpreadPass>(b, spread_cut);
   spread.grad = b.grad;
   spread.dx = b.out.dx;
@@ -86,33 +77,6 @@ const char* backward(const BackwardArgs& b, const Run& run) {
   spread.weight_blocks = wants_weights(b.out) ? (int)((jobs + warps - 1) / warps) : 0;
   if (!spread.weight_blocks && !spread.dx.data) return nullptr;
   return launch(spread, run);
-}
-
-const char* pool_backward(const Call& call, const OutsideMiddle& means, const Map& dx, const Run& run) {
-  const Device* device;
-  if (const char* why = device_of(run, device)) return why;
-  Call alone = call;
-  alone.shape.m = 1;
-  SpreadPass a = pass_of<SpreadPass>(alone, stream_cut(alone, aligned(call, dx), *device, 2, 1));
-  a.dx = dx;
-  a.means = means;
-  return launch(a, run);
-}
-
-const char* gate_backward(const Call& call, const Map& grad, const Map& x, const OutsideMiddle& logits, const Map& dx,
-                          const OutsideMiddle& dlogits, const Run& run) {
-  const Device* device;
-  if (const char* why = device_of(run, device)) return why;
-  Call alone = call;
-  alone.shape.m = 1;
-  Cut cut = stream_cut(alone, aligned(call, x) && aligned(call, grad), *device, 2, 2);
-  ReducePass a = pass_of<ReducePass>(alone, cut);
-  a.grad = grad;
-  a.x = x;
-  a.logits = logits;
-  a.dlogits = dlogits;
-  a.dx = dx;
-  return launch(a, run);
 }
 
 }  // namespace cuda

@@ -51,6 +51,11 @@ template <class T> __device__ __forceinline__ void set(const Param& p, int64_t i
   else narrow(v, ((T*)p.data)[i]);
 }
 
+// Numbers kept in the accumulate type, as a parameter.
+template <class A> __device__ __forceinline__ Param wide(void* data) {
+  return {data, sizeof(A) == 8 ? DType::f64 : DType::f32};
+}
+
 template <class A> __device__ __forceinline__ A load_line(const OutsideLines& s, int n, int c, int l) {
   int64_t i = n * s.image + c * s.channel + l * s.line;
   switch (s.dtype) {

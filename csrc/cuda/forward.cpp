@@ -15,14 +15,6 @@ namespace {
 enum Way : int { automatic = -2, any = -1, chain = 0, resident = 64 };  // 1 to 16: clusters of so many blocks
 std::atomic<int> forced{automatic};
 
-bool starts_aligned(const Map& m) { return ((uintptr_t)m.data & 15) == 0; }
-
-// Whether every image (and nhwc: every pixel) of the map starts at a multiple of 16 bytes.
-bool aligned(const Call& call, const Map& m) {
-  int64_t v = 16 / bytes_of(call.dtype);
-  return starts_aligned(m) && m.image % v == 0 && (!call.nhwc || m.step % v == 0);
-}
-
 struct Plan {
   Way way = chain;
   Cut cut;
@@ -92,7 +84,7 @@ const char* make_plan(const ForwardArgs& f, const Run& run, Plan& plan) {
   bool forced_cluster = wanted >= 1 && wanted <= 16;
   if (!training && (allowed || forced_cluster) && plan_one_pass(f, *device, run, plan)) return nullptr;
   plan.cut = stream_cut(f, aligned(f, f.x), *device, 1, 1, !training);
-  return plan.cut.shared ? nullptr : "the map's lines do not fit into shared memory";
+  return plan.cut.shared ? nullptr : too_long;
 }
 
 // What a plan depends on.
@@ -130,14 +122,6 @@ size_t needs(const Call& call, const Plan& plan) {
   if (plan.way != chain && plan.way != resident) return 0;
   const Shape& s = call.shape;
   return (size_t)round_up(s.n * plan.cut.geometry.groups * s.m * s.length() * acc_bytes_of(call.dtype), 256);
-}
-
-template <class P> P pass_of(const Call& call, const Cut& cut) {
-  P p{};
-  (Call&)p = call;
-  p.geometry = cut.geometry;
-  p.room = cut.room;
-  return p;
 }
 
 }  // namespace
@@ -237,31 +221,6 @@ const char* forward(const ForwardArgs& f, const RunningStatistics& running, cons
 const char* update_running_stats(const RunningStatistics& running, const Call& call, const void* mean, const void* var,
                                  int64_t rows, const Run& run) {
   return launch(UpdatePass{call.dtype, (int)call.shape.m, rows, running, mean, var}, run);
-}
-
-// The passes alone, forward.
-
-const char* pool(const Call& call, const Map& x, const OutsideMiddle& means, const Run& run) {
-  const Device* device;
-  if (const char* why = device_of(run, device)) return why;
-  Call alone = call;
-  alone.shape.m = 1;
-  PoolPass a = pass_of<PoolPass>(alone, stream_cut(alone, aligned(call, x), *device, 1, 1));
-  a.x = x;
-  a.outside = means;
-  return launch(a, run);
-}
-
-const char* gate(const Call& call, const Map& x, const OutsideMiddle& logits, const Map& out, const Run& run) {
-  const Device* device;
-  if (const char* why = device_of(run, device)) return why;
-  Call alone = call;
-  alone.shape.m = 1;
-  GatePass a = pass_of<GatePass>(alone, stream_cut(alone, aligned(call, x), *device, 1, 1));
-  a.x = x;
-  a.out = out;
-  a.logits = logits;
-  return launch(a, run);
 }
 
 }  // namespace cuda

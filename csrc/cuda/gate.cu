@@ -18,9 +18,7 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) gate_kernel(
   Place place = place_of(g, gridDim.x - 1 - blockIdx.x);
   Stream<T, NHWC, 1> x{g, place, {View<const T>(a.x)}, shared.ring(), shared.barriers(), 0};
   A *gates = shared.lines(0), *chunk = shared.chunk();
-  x.init();
-  __syncthreads();
-  x.start_filling();
+  x.start();
   grid_dependency_wait();
   if (a.logits.h.data) {
     read_lines<NHWC>(g, place, a.logits, gates, [](int, A v) { return sigmoid(v); });
@@ -28,8 +26,8 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) gate_kernel(
     const A *partial = (const A*)a.partial, *squeezed = (const A*)a.saved.squeezed + (int64_t)place.n * g.m * g.l;
     Param mean = a.params.mean, var = a.params.var;
     if (!partial && a.norm == Norm::batch) {
-      mean = {a.saved.mean, sizeof(A) == 8 ? DType::f64 : DType::f32};
-      var = {a.saved.var, sizeof(A) == 8 ? DType::f64 : DType::f32};
+      mean = wide<A>(a.saved.mean);
+      var = wide<A>(a.saved.var);
     }
     Weight<T> bias(a.params.conv1_bias);
     for_chunks(g, chunk, [&](int m, int l) {
@@ -43,7 +41,7 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) gate_kernel(
   for (int k = 0; k < x.pieces; ++k) {
     Piece p = piece_of<NHWC>(g, place.channels, k);
     x.wait(k);
-    apply_piece<NHWC>(g, place, p, x.values(0, k, p), View<T>(a.out), Gating<A>{gates, a.skip});
+    apply_piece<NHWC>(g, place, p, x.values(0, k, p), View<T>(a.out), Gating<A>{{gates}, a.skip});
     x.advance(k);
   }
 }
@@ -56,9 +54,7 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) reduce_kerne
   Place place = place_of(g, blockIdx.x);
   Stream<T, NHWC, 2> maps{g, place, {View<const T>(a.grad), View<const T>(a.x)}, shared.ring(), shared.barriers(), 0};
   A *gates = shared.lines(0), *ds = shared.lines(1);
-  maps.init();
-  __syncthreads();
-  maps.start_filling();
+  maps.start();
   if (a.gates) load_lines<NHWC>(g, place, (const A*)a.gates, gates);
   else read_lines<NHWC>(g, place, a.logits, gates, [](int, A v) { return sigmoid(v); });
   __syncthreads();
@@ -67,7 +63,7 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) reduce_kerne
     maps.wait(k);
     const T *grad = maps.values(0, k, p), *x = maps.values(1, k, p);
     reduce_piece<NHWC>(g, p, grad, x, gates, ds);
-    if (a.dx.data) apply_piece<NHWC>(g, place, p, grad, View<T>(a.dx), Gating<A>{gates, a.skip});
+    if (a.dx.data) apply_piece<NHWC>(g, place, p, grad, View<T>(a.dx), Gating<A>{{gates}, a.skip});
     maps.advance(k);
   }
   grid_dependency_launch();

@@ -11,20 +11,24 @@ template <int COUNT, class A> __device__ __forceinline__ void load_vector(const 
   for (int i = 0; i < COUNT; i += Pack<A>::size) *(Pack<A>*)(to + i) = *(const Pack<A>*)(from + i);
 }
 
-// The gates alone: out = x * a_w * a_h (+ x).
-template <class A> struct Gating {
-  const A* gates;
-  bool skip;
-  static constexpr bool reads = true;
+// What a row or column says where that is one number.
+template <class A> struct OneNumber {
+  const A* numbers;
   using Line = A;
-  __device__ __forceinline__ Line line(int spot) const { return gates[spot]; }
+  __device__ __forceinline__ Line line(int spot) const { return numbers[spot]; }
   template <int COUNT> __device__ __forceinline__ void lines(int spot, Line (&to)[COUNT]) const {
     alignas(16) A v[COUNT];
-    load_vector<COUNT>(gates + spot, v);
+    load_vector<COUNT>(numbers + spot, v);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) to[i] = v[i];
   }
-  __device__ __forceinline__ A operator()(A x, Line row, Line column) const {
+};
+
+// The gates alone: out = x * a_w * a_h (+ x).
+template <class A> struct Gating : OneNumber<A> {
+  bool skip;
+  static constexpr bool reads = true;
+  __device__ __forceinline__ A operator()(A x, A row, A column) const {
     A out = x * column * row;
     return skip ? out + x : out;
   }
@@ -52,18 +56,9 @@ template <class A> struct Spreading {
 };
 
 // The means' part of dx alone.
-template <class A> struct Means {
-  const A* means;
+template <class A> struct Means : OneNumber<A> {
   static constexpr bool reads = false;
-  using Line = A;
-  __device__ __forceinline__ Line line(int spot) const { return means[spot]; }
-  template <int COUNT> __device__ __forceinline__ void lines(int spot, Line (&to)[COUNT]) const {
-    alignas(16) A v[COUNT];
-    load_vector<COUNT>(means + spot, v);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) to[i] = v[i];
-  }
-  __device__ __forceinline__ A operator()(A, Line row, Line column) const { return row + column; }
+  __device__ __forceinline__ A operator()(A, A row, A column) const { return row + column; }
 };
 
 // out = f(in) for a piece; in is the piece in shared memory, not looked at where F reads nothing.

@@ -79,12 +79,20 @@ inline int acc_bytes_of(DType t) { return t == DType::f64 ? 8 : 4; }
 // H + W up to which a channel's lines fit into every device's shared memory.
 inline int64_t max_length(DType t) { return 16384 / acc_bytes_of(t); }
 
+// Whether every image (and nhwc: every pixel) of the map starts at a multiple of 16 bytes.
+inline bool aligned(const Call& call, const Map& m) {
+  int64_t v = 16 / bytes_of(call.dtype);
+  return ((uintptr_t)m.data & 15) == 0 && m.image % v == 0 && (!call.nhwc || m.step % v == 0);
+}
+
 // A cut, the bytes of its parts, and of the whole. shared 0: it does not fit.
 struct Cut {
   Geometry geometry;
   Room room;
   int shared = 0;
 };
+
+constexpr const char* too_long = "the map's lines do not fit into shared memory";
 
 // For passes that walk the map: the kernel keeps that many arrays of lines and streams that many maps. aligned: all maps
 // start at, and (nhwc) have their pixels, multiples of 16 bytes apart. every_block_adds: all groups' parts of the middle.

@@ -20,10 +20,9 @@ template <class T> __global__ void __launch_bounds__(threads_of_rows, 2) rows_ke
   A* scratch = (A*)shared_memory();
   int m = blockIdx.x;
   int rows = g.n * g.l;
-  DType wide = sizeof(A) == 8 ? DType::f64 : DType::f32;
   const A* squeezed = (const A*)a.saved.squeezed;
   A *y = (A*)a.y, *dz = (A*)a.dz;
-  Affine<A> f = affine<T>(a, m, {a.saved.mean, wide}, {a.saved.var, wide});
+  Affine<A> f = affine<T>(a, m, wide<A>(a.saved.mean), wide<A>(a.saved.var));
   grid_dependency_wait();
   A sum = 0, along = 0;
   for (int r = threadIdx.x; r < rows; r += blockDim.x) {

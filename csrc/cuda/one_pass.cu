@@ -21,9 +21,7 @@ __global__ void __launch_bounds__(threads_of_one_pass, 1) one_pass_kernel(const 
   Stream<T, false, 1> x{g, place, {View<const T>(a.x)}, shared.ring(), shared.barriers(), 0};
   A *lines = shared.lines(0), *y = shared.chunk(), *parts = y + middle;
   Weight<T> bias(a.params.conv1_bias);
-  x.init();
-  __syncthreads();
-  x.start_filling();
+  x.start();
   for (int round = 0; x.place.n < g.n; ++round) {
     for (int k = 0; k < x.pieces; ++k) {
       Piece p = piece_of<false>(g, place.channels, k);
@@ -49,7 +47,7 @@ __global__ void __launch_bounds__(threads_of_one_pass, 1) one_pass_kernel(const 
     next.place.n += clusters;
     for (int k = 0; k < x.pieces; ++k) {
       Piece p = piece_of<false>(g, place.channels, k);
-      apply_piece<false>(g, x.place, p, x.values(0, k, p), View<T>(a.out), Gating<A>{lines, a.skip});
+      apply_piece<false>(g, x.place, p, x.values(0, k, p), View<T>(a.out), Gating<A>{{lines}, a.skip});
       if (next.place.n >= g.n) continue;
       __syncthreads();
       next.fill(k);
@@ -68,9 +66,7 @@ __global__ void __launch_bounds__(threads_of_one_pass, 1) resident_kernel(const 
   Place place = place_of(g, blockIdx.x);
   Stream<T, NHWC, 1> x{g, place, {View<const T>(a.x)}, shared.ring(), shared.barriers(), 0};
   A *lines = shared.lines(0), *chunk = shared.chunk();
-  x.init();
-  __syncthreads();
-  x.start_filling();
+  x.start();
   for (int k = 0; k < x.pieces; ++k) {
     Piece p = piece_of<NHWC>(g, place.channels, k);
     x.wait(k);
@@ -83,17 +79,16 @@ __global__ void __launch_bounds__(threads_of_one_pass, 1) resident_kernel(const 
   grid_sync();
   for (int m = blockIdx.x; m < g.m; m += gridDim.x) statistics_of<T>(a, m, chunk);
   grid_sync();
-  DType wide = sizeof(A) == 8 ? DType::f64 : DType::f32;
   const A* squeezed = (const A*)a.saved.squeezed + (int64_t)place.n * g.m * g.l;
   for_chunks(g, chunk, [&](int m, int l) {
-    return activate(a.activation, affine<T>(a, m, {a.saved.mean, wide}, {a.saved.var, wide})(squeezed[m * g.l + l]));
+    return activate(a.activation, affine<T>(a, m, wide<A>(a.saved.mean), wide<A>(a.saved.var))(squeezed[m * g.l + l]));
   }, [&](int l0, int count) { gates_from<NHWC, T>(g, a.params, chunk, l0, count, place, lines); });
   __syncthreads();
   store_lines<NHWC>(g, place, lines, (A*)a.saved.gates);
   if (a.running.tracked && blockIdx.x == 0 && threadIdx.x == 0) ++*a.running.tracked;
   for (int k = 0; k < x.pieces; ++k) {
     Piece p = piece_of<NHWC>(g, place.channels, k);
-    apply_piece<NHWC>(g, place, p, x.values(0, k, p), View<T>(a.out), Gating<A>{lines, a.skip});
+    apply_piece<NHWC>(g, place, p, x.values(0, k, p), View<T>(a.out), Gating<A>{{lines}, a.skip});
   }
 }
 

@@ -13,6 +13,14 @@ struct Pass : Call {
   Room room;
 };
 
+template <class P> P pass_of(const Call& call, const Cut& cut) {
+  P p{};
+  (Call&)p = call;
+  p.geometry = cut.geometry;
+  p.room = cut.room;
+  return p;
+}
+
 // x -> means [N, C, L] and the groups' parts of the squeezed middle, partial [N, groups, M, L].
 struct PoolPass : Pass {
   Map x;

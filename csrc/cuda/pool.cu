@@ -18,9 +18,7 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) pool_kernel(
   Place place = place_of(g, blockIdx.x);
   Stream<T, NHWC, 1> x{g, place, {View<const T>(a.x)}, shared.ring(), shared.barriers(), 0};
   A* means = shared.lines(0);
-  x.init();
-  __syncthreads();
-  x.start_filling();
+  x.start();
   for (int k = 0; k < x.pieces; ++k) {
     Piece p = piece_of<NHWC>(g, place.channels, k);
     x.wait(k);
@@ -56,13 +54,11 @@ __global__ void __launch_bounds__(threads_of_pass, least_blocks<T>) spread_kerne
     read_lines<NHWC>(g, place, a.means, means, [&](int l, A v) { return v / (A)(l < g.h ? g.w : g.h); });
     __syncthreads();
     for (int k = 0; k < pieces_of<NHWC>(g, place.channels); ++k)
-      apply_piece<NHWC>(g, place, piece_of<NHWC>(g, place.channels, k), (const T*)nullptr, dx, Means<A>{means});
+      apply_piece<NHWC>(g, place, piece_of<NHWC>(g, place.channels, k), (const T*)nullptr, dx, Means<A>{{means}});
     return;
   }
   Stream<T, NHWC, 1> grad{g, place, {View<const T>(a.grad)}, shared.ring(), shared.barriers(), 0};
-  grad.init();
-  __syncthreads();
-  grad.start_filling();
+  grad.start();
   load_lines<NHWC>(g, place, (const A*)a.saved.gates, gates);
   grid_dependency_wait();
   const A* dz = (const A*)a.dz + (int64_t)place.n * g.m * g.l;

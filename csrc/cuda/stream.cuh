@@ -33,7 +33,7 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
   int pieces;
 
   // Elements of the group's first channel on, in the image of the block.
-  __device__ __forceinline__ const T* start(int s, const Piece& p) const {
+  __device__ __forceinline__ const T* first_of(int s, const Piece& p) const {
     const T* image = source[s].data + (int64_t)place.n * source[s].image;
     if (NHWC) return image + (int64_t)p.row * g.w * source[s].pixel + place.c0;
     return image + (int64_t)(place.c0 + p.c) * (g.h * g.w) + p.row * g.w;
@@ -48,15 +48,6 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
     return ring + (int64_t)(slot(k) * SOURCES + s) * g.stage_bytes;
   }
 
-  // By all threads, once, before the first fill; a __syncthreads must follow.
-  __device__ __forceinline__ void init() {
-    pieces = pieces_of<NHWC>(g, place.channels);
-    if (threadIdx.x == 0) {
-      for (int k = 0; k < g.stages; ++k) barrier_init(barriers + k, bulk() ? 1 : blockDim.x);
-      barrier_init_fence();
-    }
-  }
-
   // By all threads: starts bringing piece k into its stage.
   __device__ __forceinline__ void fill(int k) {
     Piece p = piece_of<NHWC>(g, place.channels, k);
@@ -68,7 +59,7 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
       return;
     }
     Window v[SOURCES];
-    for (int s = 0; s < SOURCES; ++s) v[s] = window_of(start(s, p), p.channels * p.rows * g.w);
+    for (int s = 0; s < SOURCES; ++s) v[s] = window_of(first_of(s, p), p.channels * p.rows * g.w);
     if (bulk()) {
       if (threadIdx.x) return;
       int bytes = 0;
@@ -83,7 +74,7 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
   }
 
   __device__ __forceinline__ void fill_pixels(int s, int k, const Piece& p) {
-    const T* from = start(s, p);
+    const T* from = first_of(s, p);
     T* to = (T*)stage(s, k);
     if (g.copies) {
       constexpr int per = Pack<T>::size;
@@ -101,7 +92,14 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
     }
   }
 
-  __device__ __forceinline__ void start_filling() {
+  // By all threads, once: starts bringing as many pieces as there are stages.
+  __device__ __forceinline__ void start() {
+    pieces = pieces_of<NHWC>(g, place.channels);
+    if (threadIdx.x == 0) {
+      for (int k = 0; k < g.stages; ++k) barrier_init(barriers + k, bulk() ? 1 : blockDim.x);
+      barrier_init_fence();
+    }
+    __syncthreads();
     for (int k = 0; k < min_of(g.stages, pieces); ++k) fill(k);
   }
 
@@ -109,7 +107,7 @@ template <class T, bool NHWC, int SOURCES> struct Stream {
   __device__ __forceinline__ void wait(int k) { barrier_wait(barriers + slot(k), turn(k) & 1); }
 
   __device__ __forceinline__ const T* values(int s, int k, const Piece& p) const {
-    int shift = NHWC ? 0 : (int)((uintptr_t)start(s, p) & 15);
+    int shift = NHWC ? 0 : (int)((uintptr_t)first_of(s, p) & 15);
     return (const T*)(stage(s, k) + shift);
   }
 

@@ -33,7 +33,7 @@ def build(sanitize: str = "") -> Path:
     stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     cuda = ROOT / "csrc/cuda"
     sources = [(cuda / f"{name}.cu", ["-x", "c++"]) for name in KERNELS]
-    sources += [(cuda / f"{name}.cpp", []) for name in ("geometry", "forward", "backward")]
+    sources += [(cuda / f"{name}.cpp", []) for name in ("geometry", "forward", "backward", "alone")]
     sources += [(cuda / "bindings.cpp", stable), (HERE / "emulator.cpp", []), (HERE / "module.cpp", [])]
     lines = [
         "rule compile",
