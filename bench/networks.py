@@ -7,6 +7,8 @@ folds repeats into counts, which is what the benchmark measures.
 from collections import Counter
 from dataclasses import dataclass
 
+from coordatt_fast.models import MOBILENET_V2_STAGES, divisible
+
 
 @dataclass(frozen=True, order=True)
 class Instance:
@@ -22,52 +24,23 @@ class Instance:
         return self.channels * self.height * self.width
 
 
-# MobileNetV2 (Sandler et al., CVPR 2018, table 2): expansion t, channels c, blocks n, stride of the first
-# block s.
-MOBILENETV2_STAGES = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
-
-
-def make_divisible(value: float, divisor: int = 8) -> int:
-    """Round to a multiple of ``divisor``, never more than 10% down (the MobileNet papers' rule)."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
-
-
-def mobilenetv2_blocks(width_mult: float = 1.0, output_stride: int = 32) -> list[tuple[int, int, int, int]]:
-    """The 17 inverted residuals as ``(channels in, expanded channels, channels out, stride)``.
-
-    ``output_stride`` 16 or 8 replaces the last one or two strides by dilation, as DeepLabV3 does.
-    """
-    blocks, reached, inp = [], 2, make_divisible(32 * width_mult)
-    for expansion, channels, repeats, first_stride in MOBILENETV2_STAGES:
-        out = make_divisible(channels * width_mult)
-        for index in range(repeats):
-            stride = first_stride if index == 0 and reached * first_stride <= output_stride else 1
-            reached *= stride
-            blocks.append((inp, round(inp * expansion), out, stride))
-            inp = out
-    return blocks
-
-
 def mobilenetv2(
     width_mult: float = 1.0, height: int = 224, width: int = 224, output_stride: int = 32
 ) -> list[Instance]:
-    """CoordAtt after the depthwise convolution of every block that expands (16 of 17), as the authors'
-    mbv2_ca."""
+    """CoordAtt after the depthwise convolution of the 16 of 17 blocks that expand, as the authors' mbv2_ca.
+
+    ``output_stride`` 16 or 8 replaces the last one or two strides by dilation, as DeepLabV3 does.
+    """
+    found, reached, channels = [], 2, divisible(32 * width_mult)
     height, width = (height + 1) // 2, (width + 1) // 2
-    found = []
-    for inp, expanded, _, stride in mobilenetv2_blocks(width_mult, output_stride):
-        height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
-        if expanded != inp:
-            found.append(Instance(expanded, height, width))
+    for expansion, out, repeats, first_stride in MOBILENET_V2_STAGES:
+        for index in range(repeats):
+            stride = first_stride if index == 0 and reached * first_stride <= output_stride else 1
+            reached *= stride
+            height, width = (height + stride - 1) // stride, (width + stride - 1) // stride
+            if expansion > 1:
+                found.append(Instance(channels * expansion, height, width))
+            channels = divisible(out * width_mult)
     return found
 
 

@@ -27,8 +27,8 @@ from bench.attention import MeanCoordAtt, PlainCoordAtt, parameter_count, settle
 from bench.blocks import OTHERS
 from bench.instances import Effort, explain
 from bench.schedule import pages_for
-from bench.timing import PAGES, PAGES_SHORT, race
-from bench.whole_network import NONE, OURS, PLAIN, NetworkCase, contestant, square
+from bench.timing import PAGES, PAGES_SHORT
+from bench.whole_network import NONE, OURS, PLAIN, NetworkCase, contestant, square, timings
 from coordatt_fast.models import mobilenet_v2_ca
 
 COMPILED = "compiled"
@@ -146,12 +146,7 @@ def measure(case: NetworkCase, effort: Effort, names: list[str]) -> dict:
         result["left_out"][COMPILED] = "its results are not those of plain PyTorch"
         del models[COMPILED]
     images = case.images(case.batch)
-    timed = race(
-        {name: contestant(model, images, case.mode) for name, model in models.items()},
-        rounds=effort.rounds,
-        limit=effort.seconds,
-        block=effort.block,
-    )
+    timed = timings(models, images, case.mode, effort)
     for name in models:
         result["seconds"][name] = asdict(timed.seconds(name))
         result["cost"][name] = {k: 1 / v - 1 for k, v in asdict(timed.speedup(name, NONE)).items()}

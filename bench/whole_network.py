@@ -12,7 +12,7 @@ from bench import checks, photos
 from bench.attention import PlainCoordAtt, SqueezeExcite, parameter_count, settle_statistics
 from bench.cases import DTYPES, LAYOUTS
 from bench.instances import Effort, explain
-from bench.timing import Local, race
+from bench.timing import Local, Race, race
 from coordatt_fast.models import mobilenet_v2_ca
 
 NONE, SE, PLAIN, OURS = "none", "se", "plain", "ours"
@@ -163,6 +163,16 @@ def contestant(model: nn.Module, images: Tensor, mode: str) -> Local:
     )
 
 
+def timings(models: dict[str, nn.Module], images: Tensor, mode: str, effort: Effort) -> Race:
+    """The models interleaved, each doing the same work."""
+    return race(
+        {name: contestant(model, images, mode) for name, model in models.items()},
+        rounds=effort.rounds,
+        limit=effort.seconds,
+        block=effort.block,
+    )
+
+
 def measure(case: NetworkCase, effort: Effort) -> dict:
     """Check, then time the four networks against each other; plain data, ready for JSON.
 
@@ -190,12 +200,7 @@ def measure(case: NetworkCase, effort: Effort) -> dict:
     }
     if not checked["passed"]:
         return result
-    timed = race(
-        {name: contestant(model, images, case.mode) for name, model in models.items()},
-        rounds=effort.rounds,
-        limit=effort.seconds,
-        block=effort.block,
-    )
+    timed = timings(models, images, case.mode, effort)
     for name in models:
         result["images_per_second"][name] = case.batch / timed.seconds(name).median
         result["cost"][name] = 1 / timed.speedup(name, NONE).median - 1

@@ -16,7 +16,7 @@ from coordatt_fast.module import CoordAtt
 MakeAttention = Callable[[int], nn.Module]
 
 # Expansion, channels, blocks, stride of the first block; EfficientNet's have the kernel's size too.
-_MOBILENET_V2 = (
+MOBILENET_V2_STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -75,7 +75,7 @@ def mobilenet_v2_ca(
     width = functools.partial(_width, width_mult, divisor=4 if width_mult == 0.1 else 8)
     channels = width(32)
     features = [nn.Sequential(*_conv(3, channels, 3, 2, act=nn.ReLU6))]
-    for expansion, out, repeats, first_stride in _MOBILENET_V2:
+    for expansion, out, repeats, first_stride in MOBILENET_V2_STAGES:
         for stride in (first_stride, *[1] * (repeats - 1)):
             inside = None if expansion == 1 else make
             features.append(_inverted(channels, expansion, width(out), 3, stride, nn.ReLU6, inside))
@@ -154,13 +154,13 @@ def _maker(attention: MakeAttention | None, reduction: int) -> MakeAttention | N
 
 
 def _width(width_mult: float, channels: int, divisor: int = 8) -> int:
-    """channels times width_mult, rounded to a multiple of divisor, never more than 10% down."""
     if not width_mult > 0:
         raise ValueError(f"width_mult is {width_mult}, expected more than 0")
-    return _divisible(channels * width_mult, divisor)
+    return divisible(channels * width_mult, divisor)
 
 
-def _divisible(value: float, divisor: int) -> int:
+def divisible(value: float, divisor: int = 8) -> int:
+    """value rounded to a multiple of divisor, never more than 10% down: the MobileNet papers' widths."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
@@ -189,7 +189,7 @@ def _sandglass(inp, narrowing, out, stride, leads, first, second) -> nn.Module:
     2."""
     inner = inp // narrowing
     if inner < out / 6:
-        inner = _divisible(math.ceil(out / 6), 16)
+        inner = divisible(math.ceil(out / 6), 16)
     layers = []
     if leads:
         layers += [*_conv(inp, inp, 3, groups=inp, act=nn.ReLU6), *_attention(first, inp)]

@@ -158,16 +158,14 @@ def _traced(twin: nn.Module, x: Tensor) -> tuple[Tensor, list[_Call]]:
     return out, calls
 
 
-def _results(
-    twin: nn.Module, call, x: Tensor, grad: Tensor | None, training: bool, what: str = "output"
-) -> dict[str, Tensor]:
-    """Of one call and (given grad) its backward: output, gradients, buffers, under names that show in
-    reasons."""
+def _results(twin: nn.Module, call, x: Tensor, grad: Tensor | None, training: bool) -> dict[str, Tensor]:
+    """Of one call and (given grad) its backward: output, buffers, gradients, under names for the reasons."""
     twin.train(training)
     before = {name: value for name, value in vars(twin).items() if name not in OWN}
     given, x = x, x.clone().requires_grad_()
-    out = call(x)
-    if what == "output" and (type(out) is not Tensor or out.shape != x.shape or out.dtype != x.dtype):
+    with torch.set_grad_enabled(grad is not None):
+        out = call(x)
+    if type(out) is not Tensor or out.shape != x.shape or out.dtype != x.dtype:
         raise Different("its output is no tensor of x's shape and dtype")
     if grad is not None:
         out.backward(grad)
@@ -176,9 +174,11 @@ def _results(
         raise Different("its forward sets attributes of the module")
     if not torch.equal(given, x.detach()):
         raise Different("its forward writes into x")
-    results = {what: out.detach(), "gradient of x": x.grad}
-    results |= {f"gradient of {n}": p.grad for n, p in twin.named_parameters()}
-    return results | {n: b.double() for n, b in twin.named_buffers()}
+    results = {"output": out.detach()} | {n: b.double() for n, b in twin.named_buffers()}
+    if grad is None:
+        return results
+    gradients = {f"gradient of {n}": p.grad for n, p in twin.named_parameters()}
+    return results | {"gradient of x": x.grad} | gradients
 
 
 def _error(have: Tensor | None, wanted: Tensor | None) -> float:
@@ -197,7 +197,7 @@ def _largest(t: Tensor) -> float:
 
 
 def _agree(have: dict, wanted: dict, training: bool) -> None:
-    for name in wanted:
+    for name in have:
         error = _error(have[name], wanted[name])
         if error > _TOLERANCE:
             mode = "training" if training else "eval"
@@ -280,33 +280,29 @@ def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
     if any(fixed):
         wiring = wiring._replace(size=fixed)
     for x in maps:
-        pooled = reference.pool(x)
-        grads = noise(x.shape, generator), noise((n, m, pooled.shape[2], 1), generator)
+        grad = noise(x.shape, generator)
         for training in (False, True):
             # Outputs and statistics in every mode and size, but the gradients, which cost most, once in each.
             whole = x is (maps[-1] if training else maps[0])
-            _agree_here(make, wiring, x, pooled, grads if whole else (None, None), training)
+            _agree_here(make, wiring, x, grad if whole else None, training)
     _agree_beyond(make, wiring, x)
     if not all(map(torch.equal, template.parameters(), pristine)):
         raise Different("its forward writes into its parameters")
     return wiring
 
 
-def _agree_here(make, wiring: Wiring, x: Tensor, pooled: Tensor, grads, training: bool) -> None:
-    """Raises Different unless the module computes on x what the hybrid tier does by its children, and these
-    what the fused tier does by the parts: pools and gates are the same in both."""
-    theirs, ours, others = make(), make(), make()
-    wanted = _results(theirs, theirs, x, grads[0], training)
-    squeeze = functools.partial(wiring.chained, ours)
-    squeezed = _results(ours, squeeze, pooled, grads[1], training, "squeezed map")
-    squeeze = functools.partial(wiring.by_parts, others)
-    _agree(_results(others, squeeze, pooled, grads[1], training, "squeezed map"), squeezed, training)
-    if grads[0] is None:
-        have = squeezed | {"output": wiring.gated(ours, x, squeezed["squeezed map"], fast=False)}
-    else:
-        ours = make()
-        have = _results(ours, functools.partial(wiring.by_children, ours, fast=False), x, grads[0], training)
-    _agree(have, wanted, training)
+def _agree_here(make, wiring: Wiring, x: Tensor, grad: Tensor | None, training: bool) -> None:
+    """Raises Different unless the module computes on x what the fused tier does by its parts, and what the
+    hybrid tier does by its children. Where the parts' gradients are the module's, so are the children's."""
+    theirs, parts, children = make(), make(), make()
+    wanted = _results(theirs, theirs, x, grad, training)
+
+    def fused(x):
+        return wiring.gated(parts, x, wiring.by_parts(parts, reference.pool(x)), fast=False)
+
+    _agree(_results(parts, fused, x, grad, training), wanted, training)
+    hybrid = functools.partial(wiring.by_children, children, fast=False)
+    _agree(_results(children, hybrid, x, None, training), wanted, training)
 
 
 def _order(calls: list[_Call], convolutions: dict, norms: dict) -> list[str]:

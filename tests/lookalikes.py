@@ -348,7 +348,7 @@ BAD = {
     "squeeze called twice": (SharedSqueeze, "conv1 has a place in it but is called 2 times"),
     "other gradients": (Detached, "in eval mode its gradient of x is not"),
     "other gradients in training": (DetachedInTraining, "in training mode its gradient of x is not"),
-    "block that scales": (lambda: OtherSqueeze("scaled"), "in eval mode its squeezed map is not"),
+    "block that scales": (lambda: OtherSqueeze("scaled"), "in eval mode its output is not"),
     "block that detaches": (lambda: OtherSqueeze("detached"), "in eval mode its gradient of x is not"),
     "block that clamps": (lambda: OtherSqueeze("clamped"), "it treats large values in another way"),
     "mean of three columns": (MeanOfThreeColumns, "in eval mode its output is not"),

@@ -3,6 +3,7 @@
 import itertools
 
 import harness
+import promises
 import tolerances
 import torch
 from harness import Case, build, data, run, truth
@@ -56,9 +57,4 @@ def agree_roughly(case: Case, backward=True):
 
 
 def agree(case: Case, backward=True):
-    """float64, one draw: looks for a wrong formula, not for rounding."""
-    d = data(case)
-    got = on_cuda(case, d, backward)
-    for name, value in truth(case, d, backward).items():
-        if name not in case.exactly_zero:
-            assert max(tolerances.errors(got[name], value)) < tolerances.FORMULAS_AGREE, name
+    promises.agrees(case, on_cuda, backward)

@@ -1,26 +1,22 @@
 """The whole function on the CUDA kernels: every way forward, every gradient, running statistics."""
 
 import checking
+import promises
 import pytest
 import test_registration
 import tolerances
 import torch
 from checking import A100, H200, RTX_5090, agree, compare, kernels, on_cuda
-from harness import FLOATS, LAYOUTS, Case, build, data, feature_map, plain, run
+from harness import FLOATS, LAYOUTS, Case, build, data, run
 from paper import ACTIVATIONS, PaperCoordAtt
 from shapes import AWKWARD
-from test_forward import arguments
-from test_nonfinite import not_finite, same_kind
-from test_registration import CASES, OPS, fits, sample
+from test_registration import CASES, OPS
 from test_strides import RELAYOUTS
-from torch import nn
-from torch.library import opcheck
 
-from coordatt_fast import CoordAtt, coord_att, explain, use_backend
+from coordatt_fast import CoordAtt, explain
 
 TRAINING = ["pool_kernel", "statistics_kernel", "gate_kernel"]
 BACKWARD = ["reduce_kernel", "rows_kernel", "spread_kernel"]
-NAMES = ["x"] + [f"{m}.{p}" for m in ("conv1", "bn1", "conv_h", "conv_w") for p in ("weight", "bias")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -167,18 +163,7 @@ def test_resident_training(dtype, layout):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_running_statistics(dtype, momentum, way):
     checking.emulator.set_forward(way)
-    case = Case((2, 5, 4, 3), 9, FLOATS[dtype])
-    d = data(case)
-    modules = [build(PaperCoordAtt, case, d.params, torch.float64), build(CoordAtt, case, d.params)]
-    for module in modules:
-        module.bn1.momentum = momentum
-        for seed in range(3):
-            module(data(case, seed).x.to(module.conv1.weight.dtype))
-        assert module.bn1.num_batches_tracked.item() == 3
-    bound = 1e-13 if case.dtype is torch.float64 else 1e-6
-    for name in ("running_mean", "running_var"):
-        expected, got = (getattr(m.bn1, name) for m in modules)
-        assert max(tolerances.errors(got, expected)) < bound, name
+    promises.moves_running_statistics(FLOATS[dtype], momentum)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -200,18 +185,8 @@ def test_only_what_is_asked_for(norm):
     case = Case((2, 17, 5, 4), 9, norm=norm)
     d = data(case)
     everything = on_cuda(case, d)
-    for wanted in [[n] for n in NAMES] + [["conv_h.weight", "conv_w.weight"], ["x", "bn1.weight"]]:
-        module = build(CoordAtt, case, d.params)
-        for name, p in module.named_parameters():
-            p.requires_grad_(name in wanted)
-        x = d.x.detach().requires_grad_("x" in wanted)
-        module(x).backward(d.grad)
-        got = {n: p.grad for n, p in module.named_parameters()} | {"x": x.grad}
-        for name in NAMES:
-            if name in wanted:
-                tolerances.assert_same_bits(got[name], everything["d " + name], name)
-            else:
-                assert got[name] is None, name
+    for wanted in promises.WANTED:
+        promises.computes_only(wanted, case, d, everything)
 
 
 def test_launches():
@@ -252,18 +227,11 @@ def test_strides(lay):
     """x and the gradient wherever they lie."""
     for way in ("chain", "resident"):
         checking.emulator.set_forward(way)
-        case = Case((2, 9, 4, 5), 9, torch.float64)
-        d = data(case)
-        x, grad = RELAYOUTS[lay](d.x), RELAYOUTS[lay](d.grad)
-        theirs = run(build(PaperCoordAtt, case, d.params), x, grad)
-        ours = run(build(CoordAtt, case, d.params), x, grad)
-        for name in theirs:
-            if name != "d conv1.bias":
-                assert max(tolerances.errors(ours[name], theirs[name])) < tolerances.FORMULAS_AGREE, name
+        promises.takes_strides(RELAYOUTS[lay])
     checking.emulator.set_forward("cluster:2")
-    case = case.but(norm="running")
-    module, plain_module = (build(cls, case, d.params) for cls in (CoordAtt, PaperCoordAtt))
-    ours, theirs = (run(m, x)["out"] for m in (module, plain_module))
+    case = Case((2, 9, 4, 5), 9, torch.float64, norm="running")
+    d = data(case)
+    theirs, ours = (run(build(cls, case, d.params), RELAYOUTS[lay](d.x))["out"] for cls in (PaperCoordAtt, CoordAtt))
     assert max(tolerances.errors(ours, theirs)) < tolerances.FORMULAS_AGREE
 
 
@@ -273,82 +241,38 @@ def test_not_finite(activation, value):
     for layout in LAYOUTS:
         for norm in ("batch", "running", "none"):
             case = Case((2, 5, 4, 3), 9, layout=layout, norm=norm, activation=activation)
-            d = data(case)
-            d.x[1, 2, 3, 1] = value
-            backward = value != value and activation == "hard_swish"
-            theirs = plain(case, d, backward)
             for way in ("chain", "resident", "cluster:2"):
                 checking.emulator.set_forward(way)
-                ours = on_cuda(case, d, backward)
-                for name in theirs:
-                    if name not in case.exactly_zero:
-                        same_kind(ours[name], theirs[name], f"{name}, {norm}, {way}")
+                promises.keeps_not_finite(case, value, on_cuda)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_not_finite(layout, value):
-    for norm in ("batch", "running"):
-        case = Case((2, 5, 4, 3), 9, layout=layout, norm=norm)
-        d = data(case)
-        d.grad[1, 2, 3, 1] = value
-        theirs, ours = plain(case, d), on_cuda(case, d)
-        for name in theirs:
-            if name not in case.exactly_zero:
-                same_kind(ours[name], theirs[name], name, {"not finite": not_finite})
+    promises.keeps_gradients_not_finite(layout, value, on_cuda)
 
 
-def test_out_and_inplace():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out_and_inplace(layout):
     for way in ("chain", "cluster:2"):
-        for layout in LAYOUTS:
-            checking.emulator.set_forward(way)
-            case = Case(*AWKWARD["primes"], layout=layout, norm="running", skip=True)
-            d = data(case)
-            expected = on_cuda(case, d, backward=False)["out"]
-            crossways = d.x.new_zeros(d.x.shape).mT.contiguous().mT
-            shifted = torch.cat([d.x.new_full((1,), torch.nan), d.x.flatten()])[1:].view(d.x.shape)
-            with torch.no_grad():
-                for out in (torch.empty_like(d.x), d.x.new_zeros(d.x.shape), crossways, shifted):
-                    coord_att(d.x, *arguments(d.params), skip=True, out=out)
-                    tolerances.assert_same_bits(out, expected)
-                x = d.x.clone()
-                coord_att(x, *arguments(d.params), skip=True, inplace=True)
-                tolerances.assert_same_bits(x, expected)
+        checking.emulator.set_forward(way)
+        promises.writes_out_and_inplace(layout, on_cuda)
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_empty_batch(layout, training):
-    case = Case((0, 16, 5, 7), 8, layout=layout, norm="batch" if training else "running")
-    d = data(case)
-    theirs, ours = plain(case, d), run(build(CoordAtt, case, d.params), d.x, d.grad)
-    for name, value in theirs.items():
-        tolerances.assert_same_bits(ours[name].abs(), value.abs(), name)
+    promises.takes_empty_batches(layout, training)
     assert set(kernels()) <= {"update_kernel"}
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_hybrid(layout, dtype):
-    """Another normalisation in between: pool, gate and their backward passes."""
-    dtype = FLOATS[dtype]
-    generator = torch.Generator().manual_seed(3)
     for shape in ((2, 6, 5, 7), (1, 3, 2, 1030), (1, 16, 40, 48)):
-        x = feature_map(shape, generator, dtype, layout)
-        grad = feature_map(shape, generator, dtype, layout)
-        torch.manual_seed(1)
-        module = CoordAtt(shape[1], shape[1], mid_channels=4, skip=True).to(dtype)
-        module.bn1 = nn.GroupNorm(2, 4).to(dtype)
-        assert explain(module, x).tier == "hybrid" and explain(module, x).backend == "cuda"
         kernels()
-        ours = run(module, x, grad)
+        promises.serves_hybrids(shape, FLOATS[dtype], layout, "cuda")
         assert kernels() == ["pool_kernel", "gate_kernel", "reduce_kernel", "spread_kernel"]
-        module.zero_grad()
-        with use_backend("reference"):
-            theirs = run(module.double(), x.double(), grad.double())
-        bound = 16 * torch.finfo(dtype).eps
-        for name in theirs:
-            assert max(tolerances.errors(ours[name], theirs[name])) < bound, name
 
 
 def test_lines_beyond_shared_memory_are_refused():
@@ -360,14 +284,7 @@ def test_lines_beyond_shared_memory_are_refused():
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", ["nchw float32 batch", "nhwc bfloat16 batch skip", "nchw float64 none silu", "empty"])
+@pytest.mark.parametrize("case", promises.OPCHECKED)
 def test_opcheck(op, case, monkeypatch):
     monkeypatch.setattr(test_registration, "ops", lambda: torch.ops.coordatt_fast_cuda_on_cpu)
-    case = CASES[case]
-    if not fits(op, case):
-        return
-    arguments, keywords = sample(op, case)
-    opcheck(
-        getattr(torch.ops.coordatt_fast_cuda_on_cpu, op).default, arguments, keywords,
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )  # fmt: skip
+    promises.passes_opcheck(op, CASES[case], torch.ops.coordatt_fast_cuda_on_cpu)
