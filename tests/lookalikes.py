@@ -350,7 +350,7 @@ BAD = {
     "other gradients in training": (DetachedInTraining, "in training mode its gradient of x is not"),
     "block that scales": (lambda: OtherSqueeze("scaled"), "in eval mode its output is not"),
     "block that detaches": (lambda: OtherSqueeze("detached"), "in eval mode its gradient of x is not"),
-    "block that clamps": (lambda: OtherSqueeze("clamped"), "it treats large values in another way"),
+    "block that clamps": (lambda: OtherSqueeze("clamped"), "it treats large or non-finite values in another way"),
     "mean of three columns": (MeanOfThreeColumns, "in eval mode its output is not"),
     "clamps its weights": (ClampsItsWeights, "its forward writes into its parameters"),
     "other in training": (FrozenGatesInTraining, "in training mode its output is not"),
