@@ -20,8 +20,8 @@ from coordatt_fast.wiring import OWN, Path, Watch, Wiring, find, watch
 _POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
-# Two maps, neither square nor one the other's transpose; a module built for one size is given that one. Larger
-# ones, (5, 3) and (3, 4), take 10 ms longer at 2048 channels.
+# Two maps, neither square nor one the other's transpose; a module built for one size is given that one.
+# Larger ones, (5, 3) and (3, 4), take 10 ms longer at 2048 channels.
 _SIZES = ((5, 2), (2, 4))
 # Two correct float64 programs agree to 1e-12; another formula differs by 1e-3 and more.
 _TOLERANCE = 1e-9

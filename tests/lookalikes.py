@@ -192,11 +192,13 @@ class Squeeze(nn.Module):
         if self.more == "detached":
             x = x.detach()
         y = self.act(self.bn(self.conv(x)))
+        if self.more == "undone outside":
+            return y * 2 if self.training else y
         return y.clamp(-1e4, 1e4) if self.more == "clamped" else y * 1.5 if self.more == "scaled" else y
 
 
 class OtherSqueeze(nn.Module):
-    """Its children compute what it computes; its parts, called one by one, do not."""
+    """Its children compute what it computes; its parts, called one by one, do not (undone outside: the reverse)."""
 
     def __init__(self, more):
         super().__init__()
@@ -204,6 +206,8 @@ class OtherSqueeze(nn.Module):
 
     def forward(self, x):
         y = self.squeeze(torch.cat((x.mean(3, True), x.mean(2, True).mT), 2))
+        if self.squeeze.more == "undone outside" and self.training:
+            y = y / 2
         y_h, y_w = y.split(x.shape[2:], 2)
         return x * self.conv_h(y_h).sigmoid() * self.conv_w(y_w.mT).sigmoid()
 
@@ -350,6 +354,7 @@ BAD = {
     "other gradients in training": (DetachedInTraining, "in training mode its gradient of x is not"),
     "block that scales": (lambda: OtherSqueeze("scaled"), "in eval mode its output is not"),
     "block that detaches": (lambda: OtherSqueeze("detached"), "in eval mode its gradient of x is not"),
+    "block undone outside": (lambda: OtherSqueeze("undone outside"), "in training mode its output is not"),
     "block that clamps": (lambda: OtherSqueeze("clamped"), "it treats large or non-finite values in another way"),
     "mean of three columns": (MeanOfThreeColumns, "in eval mode its output is not"),
     "clamps its weights": (ClampsItsWeights, "its forward writes into its parameters"),
