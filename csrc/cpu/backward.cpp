@@ -10,7 +10,7 @@ constexpr int64_t block = 128;  // rows of the middle a task takes; fixed, so th
 
 PlaneArgs plane_of(const Call& call, const Piece& p, const Map& grad, Scratch& scratch) {
   PlaneArgs a = plane_args(call, p, scratch);
-  a.grad = at(grad.data, p.image * grad.image, dtype_bytes(call.dtype));
+  a.grad = start_of(p, call, grad);
   a.grad_step = grad.step;
   return a;
 }
@@ -25,10 +25,10 @@ void reduce(const Call& call, const Kernels& k, const Threads& threads, const Ma
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane_of(call, p, grad, scratch);
-      a.x = at(x.data, p.image * x.image, dtype_bytes(call.dtype));
+      a.x = start_of(p, call, x);
       a.x_step = x.step;
-      a.gates = image_rows(gates, s, p.image, s.c, bytes);
-      a.dlogits = image_rows(ds, s, p.image, s.c, bytes);
+      a.gates = rows_of(p, gates, s, s.c, bytes);
+      a.dlogits = rows_of(p, ds, s, s.c, bytes);
       k.map[(int)call.dtype].gate_reduce[call.nhwc](a);
     }
   });
@@ -196,30 +196,49 @@ struct MixBackward {
   // dx = grad * gates + what comes back through the pools (dp = conv1^T dz, formed where it is used).
   void spread(const Threads& threads) {
     const Shape& s = b.shape;
+    int64_t dp_bytes = Scratch::round(s.length() * c * bytes);
+    auto form_dp = [&](const Piece& p, const AxisRows& to) {
+      AxisRows from = rows_of(p, dz, s, m, bytes);
+      AxpyArgs x{};
+      x.a_row = m; x.a_depth = 1;
+      x.b = middle.conv1_weight; x.ldb = c;
+      x.ldo = c;
+      x.depth = m; x.c0 = p.c0; x.c1 = p.c1;
+      x.a = from.h; x.out = to.h; x.rows = s.h;
+      mix.axpy(x);
+      x.a = from.w; x.out = to.w; x.rows = s.w;
+      mix.axpy(x);
+    };
+    auto form_dx = [&](const Piece& p, const AxisRows& dp) {
+      Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+      PlaneArgs a = plane_of(b, p, b.grad, scratch);
+      a.pooled = dp;
+      a.gates = rows_of(p, b.saved.gates, s, c, bytes);
+      a.out = start_of(p, b, b.out.dx);
+      a.out_step = b.out.dx.step;
+      k.map[(int)b.dtype].spread[b.nhwc](a);
+    };
     Pieces pieces(b, threads.count);
+    if (!pieces.cut() || !whole_pixels_pay(b)) {
+      run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+        Scratch scratch(dp_bytes);
+        void* h = scratch.bytes(dp_bytes);
+        AxisRows dp = {h, at(h, s.h * c, bytes), c};
+        for (int64_t i = end - 1; i >= begin; --i) {  // backwards: what reduce read last is still in cache
+          form_dp(pieces[i], dp);
+          form_dx(pieces[i], dp);
+        }
+      });
+      return;
+    }
+    Scratch scratch(s.n * dp_bytes);
+    void* dp = scratch.bytes(s.n * dp_bytes);
     run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-      int64_t dp_bytes = Scratch::round(s.length() * c * bytes);
-      Scratch scratch(dp_bytes + plane_scratch_bytes(s.h, s.w, s.c));
-      void* dp = scratch.bytes(dp_bytes);
-      for (int64_t i = end - 1; i >= begin; --i) {  // backwards: what reduce read last is still in cache
-        Piece p = pieces[i];
-        AxisRows from = image_rows(dz, s, p.image, m, bytes);
-        PlaneArgs a = plane_of(b, p, b.grad, scratch);
-        a.pooled = {dp, at(dp, s.h * c, bytes), c};
-        AxpyArgs x{};
-        x.a_row = m; x.a_depth = 1;
-        x.b = middle.conv1_weight; x.ldb = c;
-        x.ldo = c;
-        x.depth = m; x.c0 = p.c0; x.c1 = p.c1;
-        x.a = from.h; x.out = a.pooled.h; x.rows = s.h;
-        mix.axpy(x);
-        x.a = from.w; x.out = a.pooled.w; x.rows = s.w;
-        mix.axpy(x);
-        a.gates = image_rows(b.saved.gates, s, p.image, c, bytes);
-        a.out = at(b.out.dx.data, p.image * b.out.dx.image, dtype_bytes(b.dtype));
-        a.out_step = b.out.dx.step;
-        k.map[(int)b.dtype].spread[b.nhwc](a);
-      }
+      for (int64_t i = begin; i < end; ++i) form_dp(pieces[i], rows_of(pieces[i], dp, s, c, bytes));
+    });
+    Pieces bands(b, threads.count, Pieces::rows);
+    run(threads, bands.count(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = end - 1; i >= begin; --i) form_dx(bands[i], rows_of(bands[i], dp, s, c, bytes));
     });
   }
 };
@@ -268,15 +287,15 @@ void backward(const BackwardArgs& b, const Threads& all_threads) {
 void pool_backward(const PoolArgs& p, const Threads& all_threads) {
   const Kernels& k = kernels();
   Threads threads = worth(all_threads, work_ns(p));
-  Pieces pieces(p, threads.count);
+  Pieces pieces(p, threads.count, p.nhwc ? Pieces::rows : Pieces::channels);
   int64_t bytes = acc_bytes(p.dtype), c = p.shape.c;
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(plane_scratch_bytes(p.shape.h, p.shape.w, p.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       PlaneArgs a = plane_args(p, pieces[i], scratch);
       void* image = at(p.pooled, pieces[i].image * p.shape.length() * c, bytes);
-      a.pooled = {image, at(image, p.shape.h * c, bytes), c};
-      a.out = at(p.x.data, pieces[i].image * p.x.image, dtype_bytes(p.dtype));
+      a.pooled = {at(image, pieces[i].h0 * c, bytes), at(image, p.shape.h * c, bytes), c};
+      a.out = start_of(pieces[i], p, p.x);
       a.out_step = p.x.step;
       k.map[(int)p.dtype].spread[p.nhwc](a);
     }

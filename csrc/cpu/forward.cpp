@@ -9,7 +9,7 @@ const Threads one_thread = {1, nullptr};
 void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
   Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
   PlaneArgs a = plane_args(f, p, scratch);
-  a.x = at(f.x.data, p.image * f.x.image, dtype_bytes(f.dtype));
+  a.x = start_of(p, f, f.x);
   a.x_step = f.x.step;
   a.pooled = pooled;
   k.map[(int)f.dtype].pool[f.nhwc](a);
@@ -45,20 +45,38 @@ void expand(const ForwardArgs& f, const Kernels& k, const Piece& p, const void* 
   }
 }
 
-// The middle's second half for one piece (y -> gates) and the gate.
-void gate_piece(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Piece& p, const AxisRows& y,
-                const AxisRows& gates) {
-  expand(f, k, p, y.h, f.shape.h, middle.conv_h, middle.expand_h, middle.bias_h, gates.h);
-  expand(f, k, p, y.w, f.shape.w, middle.conv_w, middle.expand_w, middle.bias_w, gates.w);
-  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
-  PlaneArgs a = plane_args(f, p, scratch);
-  int64_t bytes = dtype_bytes(f.dtype);
-  a.x = at(f.x.data, p.image * f.x.image, bytes);
-  a.x_step = f.x.step;
-  a.out = at(f.out.data, p.image * f.out.image, bytes);
-  a.out_step = f.out.step;
-  a.gates = gates;
-  k.map[(int)f.dtype].gate[f.nhwc](a);
+// The middle's second half (y -> gates) and the gate.
+void gate_map(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, void* y, void* gates) {
+  const Shape& s = f.shape;
+  int64_t bytes = acc_bytes(f.dtype);
+  auto form_gates = [&](const Piece& p) {
+    AxisRows from = rows_of(p, y, s, s.m, bytes), to = rows_of(p, gates, s, s.c, bytes);
+    expand(f, k, p, from.h, s.h, middle.conv_h, middle.expand_h, middle.bias_h, to.h);
+    expand(f, k, p, from.w, s.w, middle.conv_w, middle.expand_w, middle.bias_w, to.w);
+  };
+  auto apply_gates = [&](const Piece& p) {
+    Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+    PlaneArgs a = plane_args(f, p, scratch);
+    a.x = start_of(p, f, f.x);
+    a.x_step = f.x.step;
+    a.out = start_of(p, f, f.out);
+    a.out_step = f.out.step;
+    a.gates = rows_of(p, gates, s, s.c, bytes);
+    k.map[(int)f.dtype].gate[f.nhwc](a);
+  };
+  Pieces pieces(f, threads.count);
+  const bool by_rows = pieces.cut() && whole_pixels_pay(f);
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) {  // backwards: what was pooled last is still in cache
+      form_gates(pieces[i]);
+      if (!by_rows) apply_gates(pieces[i]);
+    }
+  });
+  if (!by_rows) return;
+  Pieces bands(f, threads.count, Pieces::rows);
+  run(threads, bands.count(), [&](int64_t begin, int64_t end) {
+    for (int64_t i = end - 1; i >= begin; --i) apply_gates(bands[i]);
+  });
 }
 
 // squeezed[r] = conv1(pooled[r]) for all rows, and y = act(norm(squeezed)) if y is not null (y may be squeezed).
@@ -109,14 +127,10 @@ void infer(const ForwardArgs& all, const Kernels& k, const Middle& middle, const
   Pieces pieces(f, threads.count);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      pool_piece(f, k, pieces[i], image_rows(pooled, s, pieces[i].image, s.c, bytes));
+      pool_piece(f, k, pieces[i], rows_of(pieces[i], pooled, s, s.c, bytes));
   });
   squeeze(f, k, middle, threads, pooled, y, y);
-  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i)  // backwards: what was pooled last is still in cache
-      gate_piece(f, k, middle, pieces[i], image_rows(y, s, pieces[i].image, s.m, bytes),
-                 image_rows(gates, s, pieces[i].image, s.c, bytes));
-  });
+  gate_map(f, k, middle, threads, y, gates);
 }
 
 void train(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads& threads) {
@@ -126,7 +140,7 @@ void train(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads
   Pieces pieces(f, threads.count);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      pool_piece(f, k, pieces[i], image_rows(f.saved.pooled, s, pieces[i].image, s.c, bytes));
+      pool_piece(f, k, pieces[i], rows_of(pieces[i], f.saved.pooled, s, s.c, bytes));
   });
   squeeze(f, k, middle, threads, f.saved.pooled, f.saved.squeezed, nullptr);
   if (f.norm == Norm::batch) {
@@ -152,11 +166,7 @@ void train(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads
   a.activation = f.activation;
   a.scratch = scratch.bytes(0);
   mix.act(a);
-  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    for (int64_t i = end - 1; i >= begin; --i)
-      gate_piece(f, k, middle, pieces[i], image_rows(a.y, s, pieces[i].image, s.m, bytes),
-                 image_rows(f.saved.gates, s, pieces[i].image, s.c, bytes));
-  });
+  gate_map(f, k, middle, threads, a.y, f.saved.gates);
 }
 
 }  // namespace
@@ -205,18 +215,18 @@ void pool(const PoolArgs& p, const Threads& all_threads) {
 void gate(const GateArgs& g, const Threads& all_threads) {
   const Kernels& k = kernels();
   Threads threads = worth(all_threads, work_ns(g));
-  Pieces pieces(g, threads.count);
-  int64_t size = dtype_bytes(g.dtype), bytes = acc_bytes(g.dtype);
+  Pieces pieces(g, threads.count, g.nhwc ? Pieces::rows : Pieces::channels);
+  int64_t bytes = acc_bytes(g.dtype);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     Scratch scratch(plane_scratch_bytes(g.shape.h, g.shape.w, g.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane_args(g, p, scratch);
-      a.x = at(g.x.data, p.image * g.x.image, size);
+      a.x = start_of(p, g, g.x);
       a.x_step = g.x.step;
-      a.out = at(g.out.data, p.image * g.out.image, size);
+      a.out = start_of(p, g, g.out);
       a.out_step = g.out.step;
-      a.gates = image_rows(g.gates, g.shape, p.image, g.shape.c, bytes);
+      a.gates = rows_of(p, g.gates, g.shape, g.shape.c, bytes);
       k.map[(int)g.dtype].gate[g.nhwc](a);
     }
   });

@@ -22,7 +22,8 @@ struct AxisRows {
 // Pool, gate and their backward passes: one image, channels [c0, c1).
 struct PlaneArgs {
   int64_t h, w, c0, c1;
-  const void* x = nullptr;    // image base
+  int64_t full_h;             // of the image: h is less for a piece of its rows, which the pointers start at
+  const void* x = nullptr;
   const void* grad = nullptr;
   void* out = nullptr;
   int64_t x_step = 0, grad_step = 0, out_step = 0;  // as Map::step

@@ -99,7 +99,7 @@ void pool_nchw(const PlaneArgs& a) {
 #endif
   const int64_t hp = padded(a.h), wp = padded(a.w);
   const bool together = a.h <= short_plane;
-  const A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.h;
+  const A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.full_h;
   A* rows = (A*)a.scratch;
   A* columns = rows + n * hp;
   A* parts = columns + n * wp;
@@ -167,7 +167,7 @@ COORDATT_INLINE void pool_channels(const PlaneArgs& a, int64_t c) {
   int64_t h = 0;
   for (; h + HB <= a.h; h += HB) pool_pixels<HB, CV, X>(a, h, c, tail);
   for (; h < a.h; ++h) pool_pixels<1, CV, X>(a, h, c, tail);
-  A scale = A(1) / (A)a.h;
+  A scale = A(1) / (A)a.full_h;
   for (int64_t w = 0; w < a.w; ++w) {
     A* column = (A*)a.pooled.w + w * a.pooled.ld + c;
     if (CV == 0) store(column, load(column, tail) * scale, tail);
@@ -221,7 +221,7 @@ COORDATT_OUTLINE void pool_through(const PlaneArgs& a) {
   int64_t h = 0;
   for (; h + HB <= a.h; h += HB) pool_lines<HB, X>(a, h, row);
   for (; h < a.h; ++h) pool_lines<1, X>(a, h, row);
-  const A scale = A(1) / (A)a.h;
+  const A scale = A(1) / (A)a.full_h;
   for (int64_t w = 0; w < a.w; ++w)
     for (int64_t c = a.c0; c < a.c1; c += n) {
       const Tail<A> cut(min_of<int64_t>(n, a.c1 - c));
@@ -369,7 +369,7 @@ COORDATT_INLINE void spread_nchw_as(const PlaneArgs& a) {
       rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
     }
     rows_to_tile<A>((const A*)a.pooled.h + c, a.pooled.ld, a.h, count, A(1) / (A)a.w, pooled_h, hp);
-    rows_to_tile<A>((const A*)a.pooled.w + c, a.pooled.ld, a.w, count, A(1) / (A)a.h, pooled_w, wp);
+    rows_to_tile<A>((const A*)a.pooled.w + c, a.pooled.ld, a.w, count, A(1) / (A)a.full_h, pooled_w, wp);
     if constexpr (sizeof(A) == 4) {
       if (flat && pair) spread_flat<true, X>(a, c, count, row, column, gate_h, gate_w, pooled_h, pooled_w);
       else if (flat) spread_flat<false, X>(a, c, count, row, column, gate_h, gate_w, pooled_h, pooled_w);
@@ -396,7 +396,7 @@ void spread_nhwc(const PlaneArgs& a) {
   constexpr int64_t ahead = prefetch_bytes / sizeof(X);
   int64_t last = a.c0 + (a.c1 - a.c0 - 1) / n * n;
   Tail<A> tail(a.c1 - last);
-  A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.h;
+  A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.full_h;
   for (int64_t h = 0; h < a.h; ++h)
     for (int64_t w = 0; w < a.w; ++w) {
       int64_t pixel = h * a.w + w;

@@ -56,17 +56,24 @@ Scratch::~Scratch() {
   else free(base_);
 }
 
-Pieces::Pieces(const Call& call, int threads)
-    : images_(call.shape.n), groups_(1), width_(call.shape.c), channels_(call.shape.c) {
-  int64_t n = images_, c = channels_;
+Pieces::Pieces(const Call& call, int threads, Along along)
+    : along_(along), images_(call.shape.n), groups_(1), length_(along == rows ? call.shape.h : call.shape.c),
+      other_(along == rows ? call.shape.c : call.shape.h) {
+  width_ = length_;
+  int64_t n = images_;
   if (threads <= 1 || n % threads == 0 || n >= 8 * threads || n == 0) return;
   // Vectors run along channels in nhwc, along rows in nchw, where any cut will do.
-  int64_t least = call.nhwc ? max_lanes : 4;
-  int64_t want = 2 * threads, most = (c + least - 1) / least;
+  int64_t least = along == rows ? 1 : call.nhwc ? max_lanes : 4;
+  // A thread that walks some channels of each pixel reads them in shorter runs the more pieces there are.
+  int64_t want = call.nhwc && along == channels ? threads : 2 * threads, most = (length_ + least - 1) / least;
   groups_ = want < most ? want : most;
-  width_ = (c + groups_ - 1) / groups_;
+  width_ = (length_ + groups_ - 1) / groups_;
   width_ = (width_ + least - 1) / least * least;
-  groups_ = (c + width_ - 1) / width_;
+  groups_ = (length_ + width_ - 1) / width_;
+}
+
+bool whole_pixels_pay(const Call& call) {
+  return call.nhwc && call.shape.c * call.shape.h * call.shape.w * dtype_bytes(call.dtype) > 256 << 10;
 }
 
 double work_ns(const Call& call) {
@@ -80,17 +87,22 @@ Threads worth(const Threads& threads, double nanoseconds) {
   return t;
 }
 
-AxisRows image_rows(void* base, const Shape& s, int64_t image, int64_t width, int64_t bytes) {
+AxisRows rows_of(const Piece& p, void* base, const Shape& s, int64_t width, int64_t bytes) {
   AxisRows r;
-  r.h = at(base, image * s.h * width, bytes);
-  r.w = at(base, (s.n * s.h + image * s.w) * width, bytes);
+  r.h = at(base, (p.image * s.h + p.h0) * width, bytes);
+  r.w = at(base, (s.n * s.h + p.image * s.w) * width, bytes);
   r.ld = width;
   return r;
 }
 
+void* start_of(const Piece& p, const Call& call, const Map& m) {
+  return at(m.data, p.image * m.image + p.h0 * call.shape.w * m.step, dtype_bytes(call.dtype));
+}
+
 PlaneArgs plane_args(const Call& call, const Piece& p, Scratch& scratch) {
   PlaneArgs a{};
-  a.h = call.shape.h;
+  a.h = p.h1 - p.h0;
+  a.full_h = call.shape.h;
   a.w = call.shape.w;
   a.c0 = p.c0;
   a.c1 = p.c1;
