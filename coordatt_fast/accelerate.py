@@ -11,8 +11,8 @@ from torch import nn
 
 from coordatt_fast import ops, plan
 from coordatt_fast.module import CoordAtt, Scriptable
-from coordatt_fast.recognise import Different, is_suspect, recognise
-from coordatt_fast.wiring import Wiring
+from coordatt_fast.recognise import is_suspect, recognise
+from coordatt_fast.wiring import Wiring, walk
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,13 @@ class Accelerated(nn.Module):
     dicts and every reference to it remain valid. Made by accelerate only.
     """
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Ends here: what a class of the user's does with its subclasses is not meant for these."""
+
     def forward(self, x):
-        wiring = self.__dict__[_ATTRIBUTE]
+        wiring = self.__dict__.get(_ATTRIBUTE)
+        if wiring is None:
+            return super().forward(x)
         found = wiring.arguments(self, x)
         if type(found) is tuple:
             try:
@@ -40,7 +45,7 @@ class Accelerated(nn.Module):
         return wiring.by_children(self, x, fast=found.tier == plan.HYBRID)
 
     def __reduce_ex__(self, protocol):
-        return _blank, (type(self).__mro__[2],), self.__getstate__()
+        return _blank, (self._coordatt_fast_class,), self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
         wiring = self.__dict__[_ATTRIBUTE]
@@ -51,16 +56,18 @@ def _forward_of_any(self, *args, **kwargs):
     """For classes whose forward has optional inputs or another name for x."""
     if len(args) == 1 and not kwargs:
         return Accelerated.forward(self, args[0])
-    return type(self).__mro__[2].forward(self, *args, **kwargs)
+    return self._coordatt_fast_class.forward(self, *args, **kwargs)
 
 
 @functools.cache
 def _subclass(cls: type) -> type:
-    namespace = {"__module__": __name__, "__doc__": Accelerated.__doc__}
+    # The original class by name: its place in the order varies where a framework subclasses this one.
+    namespace = {"__module__": __name__, "__doc__": Accelerated.__doc__, "_coordatt_fast_class": cls}
     # A plain signature where there is one: torch.fx and exporters take their inputs' names from it.
     if list(inspect.signature(cls.forward).parameters)[1:] != ["x"]:
         namespace["forward"] = _forward_of_any
-    return type(cls)(f"Accelerated{cls.__name__}", (Accelerated, cls), namespace)
+    # Without what a metaclass of the user's does to new classes, registries for instance.
+    return type.__new__(type(cls), f"Accelerated{cls.__name__}", (Accelerated, cls), namespace)
 
 
 def _blank(cls: type) -> nn.Module:
@@ -129,36 +136,42 @@ def accelerate(model: nn.Module) -> Report:
     taken: set[int] = set()  # modules that run fused, or hold one that does
     left: set[int] = set()  # look-alikes, and what holds one
     already = False
-    # Children come after their parents in named_modules(): the innermost module that fits is the one.
-    for path, module in reversed(list(model.named_modules())):
+    # Children come after their parents in walk(): the innermost module that fits is the one.
+    for path, module in reversed(walk(model)):
         name = type(module).__name__
+        children = list(module.__dict__.get("_modules", {}).values())
         if isinstance(module, (Accelerated, CoordAtt)):
             already = True
             kind = "a coordatt_fast.CoordAtt" if isinstance(module, CoordAtt) else "accelerated"
             report.skipped.append(Skipped(path, name.removeprefix("Accelerated"), f"already {kind}"))
             taken.add(id(module))
-        elif any(id(child) in taken for child in module.children()):
+        elif any(id(child) in taken for child in children):
             taken.add(id(module))
-        elif is_suspect(module):
+        else:
             try:
-                wiring = recognise(module)
-                cls = _subclass(type(module))
-            except (Different, TypeError) as reason:
-                if not any(id(child) in left for child in module.children()):
+                wiring = recognise(module) if is_suspect(module) else None
+                if wiring is not None:
+                    described = _describe(module, wiring)
+                    _take_over(module, wiring)
+                    report.replaced.append(Replaced(path, name, *described))
+                    taken.add(id(module))
+                elif any(id(child) in left for child in children):
+                    left.add(id(module))
+            except Exception as reason:  # also what a class's own code raises: then it is left alone
+                if not any(id(child) in left for child in children):
                     report.skipped.append(Skipped(path, name, str(reason)))
                 left.add(id(module))
-            else:
-                object.__setattr__(module, "__class__", cls)
-                module.__dict__[_ATTRIBUTE] = wiring
-                report.replaced.append(Replaced(path, name, *_describe(module, wiring)))
-                taken.add(id(module))
-        elif any(id(child) in left for child in module.children()):
-            left.add(id(module))
     report.replaced.reverse(), report.skipped.reverse()
     log.info("coordatt_fast: %s", report)
     if not report.replaced and not already:
         warnings.warn(f"accelerate found nothing to accelerate: {report}", stacklevel=2)
     return report
+
+
+def _take_over(module: nn.Module, wiring: Wiring) -> None:
+    cls = _subclass(type(module))
+    object.__setattr__(module, "__class__", cls)
+    module.__dict__[_ATTRIBUTE] = wiring
 
 
 def restore(model: nn.Module) -> list[str]:
@@ -169,10 +182,11 @@ def restore(model: nn.Module) -> list[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore takes an nn.Module, got a {type(model).__name__}")
     paths = []
-    for path, module in model.named_modules():
-        if isinstance(module, Accelerated):
-            object.__setattr__(module, "__class__", type(module).__mro__[2])
-            del module.__dict__[_ATTRIBUTE]
+    for path, module in walk(model):
+        if isinstance(module, Accelerated) and module.__dict__.pop(_ATTRIBUTE, None) is not None:
+            # A class that a framework made of ours meanwhile stays: without wiring the original forward runs.
+            if type(module) is _subclass(module._coordatt_fast_class):
+                object.__setattr__(module, "__class__", module._coordatt_fast_class)
             paths.append(path)
     return paths
 

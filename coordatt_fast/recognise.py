@@ -1,30 +1,39 @@
-"""Finds out whether a module of any class computes Coordinate Attention: by its structure, then by numbers.
+"""Finds out whether a module of any class computes Coordinate Attention: by its structure, by
+numbers, and by what its code says.
 
 The numbers come from a twin of the module with random float64 weights on the CPU, so that neither the module
 nor the device it is on is touched.
 """
 
 import inspect
-import itertools
 import math
 import re
+import types
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from coordatt_fast import plan, reference
-from coordatt_fast.twin import NORMS, Different, laboratory, noise, twin_of
-from coordatt_fast.wiring import OWN, Path, Watch, Wiring, find, watch
-
-_POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
-_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+from coordatt_fast.code import Code, Different, code_of, is_of_torch, is_read, strange_words
+from coordatt_fast.trials import (
+    CALLED,
+    IDLE,
+    POOLS,
+    TOLERANCE,
+    agree_beyond,
+    agree_elsewhere,
+    agree_here,
+    map_of,
+    off_by,
+    runs_blind,
+)
+from coordatt_fast.twin import NORMS, laboratory, noise, observed, twin_of
+from coordatt_fast.wiring import Path, Watch, Wiring, find, walk, watch
 
 # Two maps, neither square nor one the other's transpose; a module built for one size is given that one.
 # Larger ones, (5, 3) and (3, 4), take 10 ms longer at 2048 channels.
 _SIZES = ((5, 2), (2, 4))
-# Two correct float64 programs agree to 1e-12; another formula differs by 1e-3 and more.
-_TOLERANCE = 1e-9
 # So many values reach the activation that all of its pieces are met, whatever the number of channels.
 _VALUES = 400
 _LARGEST = 2**25
@@ -44,12 +53,14 @@ def is_suspect(module: nn.Module) -> bool:
     kind = type(module)
     if kind.__module__.startswith("torch.") or kind.forward is nn.Module.forward:
         return False
-    if len(list(itertools.islice(module.modules(), _MOST_MODULES + 1))) > _MOST_MODULES:
+    modules = [m for _, m in walk(module)]
+    if len(modules) > _MOST_MODULES:
         return False
     if _NAME.search(kind.__name__):
         return True
-    strips = [m for m in module.children() if isinstance(m, _POOLS) and _strip(m)]
-    shapes = [(m.in_channels, m.out_channels) for m in module.modules() if isinstance(m, nn.Conv2d)]
+    strips = [m for m in module._modules.values() if isinstance(m, POOLS) and _strip(m)]
+    convolutions = [m.__dict__ for m in modules if isinstance(m, nn.Conv2d)]
+    shapes = [(d.get("in_channels"), d.get("out_channels")) for d in convolutions]
     return bool(strips) or any(
         c != m and (c, m) in shapes and shapes.count((m, c)) >= 2 for c, m in set(shapes)
     )
@@ -73,7 +84,7 @@ def _parts(module: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module
     """The 1x1 convolutions and the normalisations below module by name, where there is nothing else with
     parameters."""
     convolutions, norms = {}, {}
-    for name, child in module.named_modules():
+    for name, child in walk(module):
         if isinstance(child, torch.jit.ScriptModule):
             raise Different("it is a ScriptModule")
         if ".quantized" in type(child).__module__ or ".ao.nn." in type(child).__module__:
@@ -111,7 +122,7 @@ def _check_class(module: nn.Module) -> None:
     kind = type(module)
     if "forward" in module.__dict__:
         raise Different("its forward is replaced on the instance")
-    for name in ("__call__", "__reduce__", "__reduce_ex__", "__deepcopy__"):
+    for name in ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__deepcopy__", "__copy__"):
         if getattr(kind, name, None) is not getattr(nn.Module, name, None):
             raise Different(f"{kind.__name__} overrides {name}")
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
@@ -119,8 +130,8 @@ def _check_class(module: nn.Module) -> None:
     needed = [p for p in parameters if p.default is p.empty and p.kind not in variadic]
     if len(needed) > 1:
         raise Different(f"its forward takes {len(needed)} inputs: {', '.join(p.name for p in needed)}")
-    for name, child in module.named_modules():
-        if isinstance(child, _IDLE) and getattr(child, "p", 0) > 0:
+    for name, child in walk(module):
+        if isinstance(child, IDLE) and getattr(child, "p", 0) > 0:
             raise Different(f"dropout ({name}, p={child.p}) in training")
 
 
@@ -134,110 +145,32 @@ class _Call:
 
 def _traced(twin: nn.Module, x: Tensor) -> tuple[Tensor, list[_Call]]:
     """The output and which submodules forward called, in order."""
-    calls, stack, handles = [], [], []
+    calls, stack = [], []
 
-    def enter(path):
-        def hook(module, args):
-            calls.append(_Call(path, len(stack), args))
-            stack.append(calls[-1])
+    def watcher_at(path):
+        def watcher(module, *args, **kwargs):
+            call = _Call(path, len(stack), args)
+            calls.append(call), stack.append(call)
+            call.out = module.forward(*args, **kwargs)
+            return stack.pop().out
 
-        return hook
+        return watcher
 
-    def leave(module, args, out):
-        stack.pop().out = out
-
-    for name, child in twin.named_modules():
-        if name:
-            handles.append(child.register_forward_pre_hook(enter(tuple(name.split(".")))))
-            handles.append(child.register_forward_hook(leave))
-    try:
-        out = twin(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return out, calls
-
-
-def _results(twin: nn.Module, call, x: Tensor, grad: Tensor | None, training: bool) -> dict[str, Tensor]:
-    """Of one call and (given grad) its backward: output, buffers, gradients, under names for the reasons."""
-    twin.train(training)
-    before = {name: value for name, value in vars(twin).items() if name not in OWN}
-    given, x = x, x.clone().requires_grad_()
-    with torch.set_grad_enabled(grad is not None):
-        out = call(x)
-    if type(out) is not Tensor or out.shape != x.shape or out.dtype != x.dtype:
-        raise Different("its output is no tensor of x's shape and dtype")
-    if grad is not None:
-        out.backward(grad)
-    after = {name: value for name, value in vars(twin).items() if name not in OWN}
-    if before.keys() != after.keys() or any(after[name] is not value for name, value in before.items()):
-        raise Different("its forward sets attributes of the module")
-    if not torch.equal(given, x.detach()):
-        raise Different("its forward writes into x")
-    results = {"output": out.detach()} | {n: b.double() for n, b in twin.named_buffers()}
-    if grad is None:
-        return results
-    gradients = {f"gradient of {n}": p.grad for n, p in twin.named_parameters()}
-    return results | {"gradient of x": x.grad} | gradients
-
-
-def _error(have: Tensor | None, wanted: Tensor | None) -> float:
-    if have is None or wanted is None:
-        return 0.0 if have is wanted else math.inf
-    if have.shape != wanted.shape:
-        return math.inf
-    error = _largest(have - wanted) / max(1.0, _largest(wanted))
-    return error if error == error else math.inf
-
-
-def _largest(t: Tensor) -> float:
-    """The largest magnitude in t, NaN if there is one."""
-    least, most = t.aminmax() if t.numel() else (t.new_zeros(()), t.new_zeros(()))
-    return torch.maximum(most, -least).item()
-
-
-def _agree(have: dict, wanted: dict, training: bool) -> None:
-    for name in have:
-        error = _error(have[name], wanted[name])
-        if error > _TOLERANCE:
-            mode = "training" if training else "eval"
-            raise Different(f"in {mode} mode its {name} is not Coordinate Attention's (off by {error:.1g})")
-
-
-def _same(have: Tensor, wanted: Tensor) -> bool:
-    """Element by element, NaN and infinities included."""
-    have, wanted = (torch.nan_to_num(t, 1e300, 2e300, -2e300) for t in (have, wanted))
-    return bool(((have - wanted).abs_() <= wanted.abs_().add_(1).mul_(_TOLERANCE)).all())
-
-
-def _agree_beyond(make, wiring: Wiring, x: Tensor) -> None:
-    """Raises Different for what clamps or cleans values: tries large ones, NaN and infinities among them."""
-    given = x * 1e6
-    given[0, 0, 0, 0], given[-1, -1, -1, 0], given[-1, 0, 0, -1] = math.nan, math.inf, -math.inf
-    with torch.no_grad():
-        theirs, ours, pooled = make().eval(), make().eval(), reference.pool(given)
-        y = wiring.chained(ours, pooled)
-        same = _same(wiring.gated(ours, given, y, fast=False), theirs(given))
-        if not (same and _same(wiring.by_parts(ours, pooled), y)):
-            raise Different("it treats large or non-finite values in another way than Coordinate Attention")
-
-
-def _map(generator: torch.Generator, n: int, c: int, size: tuple[int, int]) -> Tensor:
-    """Noise, and an offset per row and per column: strip means of noise alone would be near zero."""
-    shapes = (n, c, *size), (n, c, size[0], 1), (n, c, 1, size[1])
-    return sum(noise(shape, generator) for shape in shapes)
+    with observed(twin, watcher_at):
+        return twin(x), calls
 
 
 def recognise(module: nn.Module) -> Wiring:
     """How module computes Coordinate Attention; raises Different, with the reason, where it does not."""
     convolutions, norms = _parts(module)
     _check_class(module)
-    fixed = [size for m in module.modules() if isinstance(m, _POOLS) and (size := _strip(m))]
+    fixed = [size for _, m in walk(module) if isinstance(m, POOLS) and (size := _strip(m))]
     height, width = (next((s[i] for s in fixed if s[i]), None) for i in (0, 1))
     sizes = [(height or h, width or w) for h, w in _SIZES]
+    codes = _codes(module)
     try:
         with laboratory():
-            return _probe(module, convolutions, norms, list(dict.fromkeys(sizes)), (height, width))
+            return _probe(module, codes, convolutions, norms, list(dict.fromkeys(sizes)), (height, width))
     except (Different, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -245,7 +178,30 @@ def recognise(module: nn.Module) -> Wiring:
         raise Different(f"a probe of its forward raised {type(error).__name__}: {why}") from error
 
 
-def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
+def _codes(module: nn.Module) -> dict[str, list[Code]]:
+    """The code of every class in module that is not torch's, and of functions among the attributes, by path.
+
+    Raises Different before anything is run that would write, count or depend on what lies outside.
+    """
+    codes = {}
+    for path, child in walk(module):
+        if not is_read(child) or isinstance(child, CALLED):
+            continue
+        try:
+            code = code_of(type(child))
+            codes[path] = [code]
+            for name in sorted((code.own | code.words) & child.__dict__.keys()):
+                value = child.__dict__[name]
+                if isinstance(value, types.MethodType) and value.__self__ is child:
+                    codes[path].append(code_of(value.__func__, method=True))
+                elif isinstance(value, types.FunctionType) and not is_of_torch(value):
+                    codes[path].append(code_of(value))
+        except Different as reason:
+            raise Different(f"{path}: {reason}" if path else str(reason)) from None
+    return codes
+
+
+def _probe(module, codes, convolutions, norms, sizes, fixed) -> Wiring:
     shapes = [(k.in_channels, k.out_channels) for k in convolutions.values()]
     m, c = max(shapes, key=shapes.count)
     n = max(2, -(-_VALUES // (m * sum(sizes[0]))))
@@ -256,7 +212,7 @@ def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
 
     template = twin_of(module, torch.Generator("cpu").manual_seed(1), {})
     generator = torch.Generator("cpu").manual_seed(0)
-    maps = [_map(generator, n, c, size) for size in sizes]
+    maps = [map_of(generator, n, c, size) for size in sizes]
     x = maps[0]
 
     def make():
@@ -270,11 +226,11 @@ def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
         for name in convolutions:
             # A normalisation's weight spreads the activation's inputs; where there is none, conv1's does.
             factor = 0.4 if name != order[0] else 1.0 if norms else 5.0
-            template.get_submodule(name).weight.mul_(factor)
+            find(template, tuple(name.split("."))).weight.mul_(factor)
         kept = _checksums(template)
         twin = make().eval()
         out, calls = _traced(twin, x)
-    wiring = _match(module, twin, x, out, calls, order, norms)
+    wiring = _match(module, codes, twin, x, out, calls, order, norms)
     if any(fixed):
         wiring = wiring._replace(size=fixed)
     for x in maps:
@@ -282,36 +238,27 @@ def _probe(module, convolutions, norms, sizes, fixed) -> Wiring:
         for training in (False, True):
             # Outputs and statistics in every mode and size, but the gradients, which cost most, once in each.
             whole = x is (maps[-1] if training else maps[0])
-            _agree_here(make, wiring, x, pooled, grad if whole else None, training)
-    _agree_beyond(make, wiring, x)
+            agree_here(make, wiring, x, pooled, grad if whole else None, training)
+    agree_beyond(make, wiring, x)
+    if wiring.size is None:  # one built for its own size ran on that
+        agree_elsewhere(make, wiring, module, c, generator)
     _unchanged(template, kept)
+    for path in {"", *(".".join(call.path) for call in calls)} & codes.keys():
+        place = find(module, tuple(filter(None, path.split("."))))
+        if strange := [word for code in codes[path] for word in strange_words(place, code)]:
+            words = ", ".join(sorted(set(strange)))
+            raise Different(f"its forward uses {words}, which Coordinate Attention does not")
+    runs_blind(make, wiring, x)
     return wiring
 
 
 def _checksums(module: nn.Module) -> list[int]:
-    return [p.detach().view(torch.int64).sum().item() for p in module.parameters()]
+    return [p.detach().view(torch.int64).sum().item() for p in nn.Module.parameters(module)]
 
 
 def _unchanged(module: nn.Module, checksums: list[int]) -> None:
     if _checksums(module) != checksums:
         raise Different("its forward writes into its parameters")
-
-
-def _agree_here(make, wiring: Wiring, x: Tensor, pooled: Tensor, grad: Tensor | None, training: bool) -> None:
-    """Raises Different unless the module computes on x what the fused tier does by its parts, and what the
-    hybrid tier does by its children. Where the parts' gradients are the module's, so are the children's."""
-    theirs, parts, children = make(), make(), make()
-
-    def fused(x):
-        y = wiring.by_parts(parts, pooled if grad is None else reference.pool(x))
-        return wiring.gated(parts, x, y, fast=False)
-
-    def hybrid(x):
-        return wiring.gated(children, x, wiring.chained(children, pooled), fast=False)
-
-    wanted = _results(theirs, theirs, x, grad, training)
-    _agree(_results(parts, fused, x, grad, training), wanted, training)
-    _agree(_results(children, hybrid, x, None, training), wanted, training)
 
 
 def _order(calls: list[_Call], convolutions: dict, norms: dict) -> list[str]:
@@ -333,7 +280,7 @@ def _within(path: Path, others) -> bool:
     return any(path == other[: len(path)] for other in others)
 
 
-def _match(module, twin, x, out, calls, order, norms) -> Wiring:
+def _match(module, codes, twin, x, out, calls, order, norms) -> Wiring:
     """The wiring whose output in eval mode is out."""
     squeeze, *gates = (tuple(name.split(".")) for name in order)
     norm = tuple(next(iter(norms)).split(".")) if norms else None
@@ -348,21 +295,25 @@ def _match(module, twin, x, out, calls, order, norms) -> Wiring:
     for conv_h, conv_w in (gates, gates[::-1]):
         for tail in (None,) if act is not None else (None, *reference.ACTIVATIONS):
             parts = (squeeze, norm, act, conv_h, conv_w)
-            wiring = Wiring(*parts, chain, tail, tail or kind, act_type, False, None, (), (), True)
+            wiring = Wiring(*parts, chain, tail, tail or kind, act_type, False, None, (), (), (), True)
             with torch.no_grad():
                 plain = wiring.gated(twin, x, wiring.chained(twin, pooled), fast=False)
-            found.append((_error(plain, out), wiring))
-            found.append((_error(plain + x, out), wiring._replace(skip=True)))
-        if matching := [wiring for error, wiring in found if error <= _TOLERANCE]:
+            found.append((off_by(plain, out), wiring))
+            found.append((off_by(plain + x, out), wiring._replace(skip=True)))
+        if matching := [wiring for off, wiring in found if off <= TOLERANCE]:
             break
     if not matching:
-        least = min(error for error, _ in found)
+        least = min(off for off, _ in found)
         raise Different(f"its output is not Coordinate Attention's (off by {least:.1g} in a numeric probe)")
     if len(matching) > 1:
         raise Different("a numeric probe cannot tell its activation")
-    strict, soft = _watches(module, matching[0], calls)
+    if not out.is_contiguous():
+        raise Different("its output has another layout than its input")
+    strict, soft = _watches(module, codes, matching[0], calls)
+    called = {"", *(".".join(call.path) for call in calls)} & codes.keys()
+    distinct = dict.fromkeys(code for path in sorted(called) for code in codes[path])
     published = _as_published(calls, matching[0], x)
-    return matching[0]._replace(strict=strict, soft=soft, as_published=published)
+    return matching[0]._replace(strict=strict, soft=soft, codes=tuple(distinct), as_published=published)
 
 
 def _chain(calls, squeeze, gates, norm) -> tuple[Path, ...]:
@@ -390,7 +341,7 @@ def _activation_leaf(twin, calls, chain, squeeze, norm) -> Path | None:
         below = any(path[: len(p)] == p for p in (*parts, *found))
         if in_chain and not below and not _within(path, parts):
             found.append(path)
-    found = [path for path in found if not isinstance(find(twin, path), _IDLE)]
+    found = [path for path in found if not isinstance(find(twin, path), IDLE)]
     if len(found) > 1:
         raise Different(f"more than an activation follows: {', '.join('.'.join(p) for p in found)}")
     return found[0] if found else None
@@ -406,14 +357,14 @@ def _activation_kind(leaf: nn.Module) -> str | None:
             x = grid.clone().requires_grad_()
             y = call(x * 1)
             pairs.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
-        if all(_error(t, wanted) <= _TOLERANCE for pair in pairs[:2] for t, wanted in zip(pair, pairs[2])):
+        if all(off_by(t, wanted) <= TOLERANCE for pair in pairs[:2] for t, wanted in zip(pair, pairs[2])):
             leaf.eval()
             return name
     leaf.eval()
     return None
 
 
-def _watches(module, wiring: Wiring, calls) -> tuple[tuple[Watch, ...], tuple[Watch, ...]]:
+def _watches(module, codes, wiring: Wiring, calls) -> tuple[tuple[Watch, ...], tuple[Watch, ...]]:
     """On all that was called or holds what was called, but for the parts that plan.py reads at each call."""
     parts = [p for p in (wiring.conv1, wiring.bn1, wiring.conv_h, wiring.conv_w) if p is not None]
     if wiring.act is not None and wiring.act_type is None:
@@ -421,14 +372,14 @@ def _watches(module, wiring: Wiring, calls) -> tuple[tuple[Watch, ...], tuple[Wa
     called = {call.path for call in calls}
     strict, soft = [], []
     try:
-        strict.append(watch((), module, container=False))
-        for name, child in module.named_modules():
+        strict.append(watch((), module, codes.get(""), container=False))
+        for name, child in walk(module):
             path = tuple(name.split("."))
             if not name or any(path[: len(p)] == p for p in parts) or not _within(path, called):
                 continue
             holder = _within(path, parts)
             in_chain = any(path[: len(top)] == top for top in wiring.chain)
-            (soft if in_chain else strict).append(watch(path, child, container=holder))
+            (soft if in_chain else strict).append(watch(path, child, codes.get(name), container=holder))
     except ValueError as error:
         raise Different(str(error)) from error
     return tuple(strict), tuple(soft)
@@ -438,6 +389,6 @@ def _as_published(calls, wiring: Wiring, x: Tensor) -> bool:
     given = {call.path: call.args[0] for call in calls if len(call.args) == 1}
     n, _, h, w = x.shape
     m = given[wiring.conv_h].shape[1]
-    squeezed = _error(given[wiring.conv1], reference.pool(x)) <= _TOLERANCE
+    squeezed = off_by(given[wiring.conv1], reference.pool(x)) <= TOLERANCE
     rows, columns = given[wiring.conv_h].shape, given[wiring.conv_w].shape
     return squeezed and rows == (n, m, h, 1) and columns == (n, m, 1, w)

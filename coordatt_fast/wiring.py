@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from coordatt_fast import ops, plan, reference
+from coordatt_fast.code import Absent, Code, is_of_torch, owner
 from coordatt_fast.plan import Detour
 
 Path = tuple[str, ...]
@@ -17,15 +18,20 @@ _ACTIVATIONS = {name: cls() for name, cls in plan.ACTIVATION_MODULES.items()}
 
 
 class Watch(NamedTuple):
-    """What a submodule was when the module was examined; the finding holds while it still is that."""
+    """What a submodule was when the module was examined; the finding holds while it still is that.
+
+    attributes: those that its code reads, Absent where the class's own must not be hidden by one.
+    missing: names that its code asks for and that were nowhere.
+    """
 
     path: Path
     kind: type | None
     attributes: tuple[tuple[str, object], ...]
+    missing: tuple[str, ...]
     children: Path | None
 
     def changed(self, module: nn.Module) -> str | None:
-        path, kind, attributes, children = self
+        path, kind, attributes, missing, children = self
         for name in path:
             module = module._modules.get(name)
             if module is None:
@@ -44,8 +50,11 @@ class Watch(NamedTuple):
             if "forward" in d:
                 return f"{'.'.join(path)} has a forward of its own"
         for name, value in attributes:
-            if d.get(name) != value:
+            if d.get(name, Absent) != value:
                 return f"{'.'.join((*path, name))} has changed"
+        for name in missing:
+            if hasattr(module, name):
+                return f"{'.'.join((*path, name))} is new"
         if children is not None and tuple(d["_modules"]) != children:
             return f"{'.'.join(path)} has other children now"
         return None
@@ -61,6 +70,7 @@ class Wiring(NamedTuple):
     act_type: act's class where it is one of the user's own.
     size: (H, W) of x where pools are built for one size, None for each free one.
     strict: submodules after whose change the module runs its own forward; soft: ... the hybrid tier.
+    codes: of the module's class and of all others that are not torch's and that it calls.
     as_published: whether the children are given tensors laid out as in CoordAtt, so that hooks see the same.
     """
 
@@ -77,6 +87,7 @@ class Wiring(NamedTuple):
     size: tuple[int | None, int | None] | None
     strict: tuple[Watch, ...]
     soft: tuple[Watch, ...]
+    codes: tuple[Code, ...]
     as_published: bool
 
     def children(self, module: nn.Module) -> dict[str, nn.Module]:
@@ -100,6 +111,9 @@ class Wiring(NamedTuple):
 
     def arguments(self, module: nn.Module, x) -> tuple | Detour:
         """As plan.arguments; also tells when the module has to run its own forward."""
+        for code in self.codes:
+            if why := code.changed():
+                return Detour(plan.ORIGINAL, why)
         for watch in self.strict:
             if why := watch.changed(module):
                 return Detour(plan.ORIGINAL, why)
@@ -189,19 +203,41 @@ def blank() -> dict:
     return {name: type(value)() if name in _CONTAINERS else value for name, value in _BLANK.items()}
 
 
-def watch(path: Path, module: nn.Module, *, container: bool) -> Watch:
-    """A Watch on module as it is now. ValueError for an attribute whose changes could not be seen."""
-    attributes = []
-    for name, value in module.__dict__.items():
+def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """named_modules() of a module whose class may have one of its own."""
+    found, seen, waiting = [], set(), [("", module)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((path, module))
+        children = module.__dict__.get("_modules", {})
+        waiting += [(f"{path}.{n}" if path else n, c) for n, c in reversed(children.items()) if c is not None]
+    return found
+
+
+def watch(path: Path, module: nn.Module, codes: list[Code] | None, *, container: bool) -> Watch:
+    """A Watch on module as it is now: on what its codes read, or on all attributes where it is torch's own.
+
+    ValueError for an attribute whose changes could not be seen.
+    """
+    d, kind, attributes = module.__dict__, type(module), []
+    asked = {name for code in codes or () for name in code.own | code.strings}
+    read = asked.union(*(code.words for code in codes or ()))
+    for name in list(d) if codes is None else sorted(read):
         if name in OWN or name == "forward":
             continue
+        value = d.get(name, Absent)
         if isinstance(value, Tensor):
             raise ValueError(f"{'.'.join((*path, name))} is a tensor outside parameters and buffers")
-        if not _is_plain(value):
+        if value is not Absent and not _is_plain(value):
             raise ValueError(f"changes of {'.'.join((*path, name))} could not be seen")
-        attributes.append((name, _snapshot(value)))
-    kind = type(module) if path else None
-    return Watch(path, kind, tuple(attributes), tuple(module._modules) if container else None)
+        if value is not Absent or not is_of_torch(owner(kind, name)):
+            attributes.append((name, snapshot(value)))
+    missing = sorted(name for name in asked if not hasattr(module, name))
+    children = tuple(d["_modules"]) if container else None
+    return Watch(path, kind if path else None, tuple(attributes), tuple(missing), children)
 
 
 _BLANK = nn.Module().__dict__
@@ -219,9 +255,10 @@ def _is_plain(value) -> bool:
     return isinstance(value, (*_PLAIN_TYPES, *_FUNCTIONS))
 
 
-def _snapshot(value):
-    if isinstance(value, dict):
-        return {key: _snapshot(entry) for key, entry in value.items()}
-    if isinstance(value, (list, set)):
-        return type(value)(map(_snapshot, value))
+def snapshot(value):
+    """A copy of plain containers; any other value itself."""
+    if type(value) is dict:
+        return {key: snapshot(entry) for key, entry in value.items()}
+    if type(value) in (list, set):
+        return type(value)(map(snapshot, value))
     return value

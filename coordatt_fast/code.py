@@ -1,0 +1,348 @@
+"""Reads the code of a forward: what it may depend on beside its input, and what has to stay as it is.
+
+A numeric probe sees a few inputs only. What a forward does with all others is known where its code says no
+more than Coordinate Attention needs: calls of its own parts and of tensor functions that treat all sizes,
+layouts and dtypes alike. Every other word is a reason to leave the module alone. Bytecode is read, so that no
+source is needed.
+"""
+
+import builtins
+import dis
+import functools
+import hashlib
+import sys
+import types
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Different(Exception):
+    """The module computes something else, or that cannot be told; the message says why."""
+
+
+# What tensors may be asked for and put through: the same for every size, layout and dtype, with no threshold
+# but those of the activations. blind.py looks at the arguments.
+_FREE = (
+    "cat concat concatenate split split_with_sizes chunk mean sum permute transpose swapaxes swapdims "
+    "movedim unsqueeze squeeze reshape view contiguous expand expand_as broadcast_to adaptive_avg_pool2d "
+    "avg_pool2d mul multiply add sub subtract div divide true_divide clamp clip sigmoid relu relu6 hardswish "
+    "hardsigmoid hardtanh silu gelu mish tanh elu leaky_relu softplus"
+).split()
+WORDS = frozenset(_FREE) | {f"{word}_" for word in _FREE if hasattr(torch.Tensor, f"{word}_")} | {
+    "shape", "size", "dim", "ndim", "mT", "__getitem__",
+    *(f"__{kind}{name}__" for name in ("add", "sub", "mul", "truediv") for kind in ("", "r", "i")),
+}  # fmt: skip
+FUNCTIONS = frozenset(
+    function
+    for word in WORDS
+    for space in (torch, F, torch.Tensor, torch.special)
+    if callable(function := getattr(space, word, None))
+)
+
+_BUILTINS = frozenset(
+    getattr(builtins, name)
+    for name in "super len tuple list zip enumerate reversed sum getattr hasattr isinstance callable".split()
+)
+_SPACES = (torch, nn, F)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_TRANSPARENT = frozenset(
+    "CACHE EXTENDED_ARG RESUME NOP PUSH_NULL PRECALL COPY_FREE_VARS MAKE_CELL NOT_TAKEN".split()
+)
+# Methods of nn.Module that no forward runs by itself.
+_ASIDE = frozenset(
+    "__init__ __init_subclass__ __repr__ __str__ __new__ __del__ extra_repr reset_parameters state_dict "
+    "load_state_dict train eval to cuda cpu half float double bfloat16 type apply _apply zero_grad".split()
+)
+
+
+class Absent:
+    """Stands for an attribute that is not there."""
+
+
+class _Scan(NamedTuple):
+    chains: tuple[tuple[str, ...], ...]  # a global or free variable and the attributes taken of it
+    of_first: frozenset[str]  # attributes taken of the first argument, self in a method
+    attributes: frozenset[str]  # ... of anything else
+    strings: frozenset[str]
+
+
+class Link(NamedTuple):
+    """A name that the code looks up in a class or among a module's globals, and what it found there."""
+
+    holder: object
+    name: str
+    value: object
+
+    def holds(self) -> bool:
+        names = self.holder.__dict__ if isinstance(self.holder, type) else self.holder
+        return names.get(self.name, Absent) is self.value
+
+
+class Code:
+    """The code that runs for a class's forward, or for a function or a method.
+
+    root: the class or function. own: names looked up in self. words: attributes of anything else.
+    strings: what getattr and hasattr may be given. strange: words that a numeric probe cannot vouch for.
+    links: what it looks up elsewhere. fingerprint: of all functions read, for copies that outlive the process.
+    """
+
+    def __init__(self, root, method: bool = False) -> None:
+        self.root, self.method = root, method
+        self.own: set[str] = set()
+        self.words: set[str] = set()
+        self.strings: set[str] = set()
+        self.strange: list[str] = []
+        self.links: list[Link] = []
+        self.stale = ""
+        self._followed: set[str] = set()
+        self._read: set[types.CodeType] = set()
+        if isinstance(root, type):
+            self._class(root)
+        else:
+            self._function(root, None, method)
+        parts = sorted(repr(_described(code)) for code in self._read)
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        self.fingerprint = f"{sys.version_info[0]}.{sys.version_info[1]} {digest}"
+
+    def changed(self) -> str | None:
+        """What is not as it was read; None when all of it is."""
+        if self.stale:
+            return self.stale
+        for link in self.links:
+            if not link.holds():
+                return f"{link.name} has changed in {_name(link.holder)}"
+        return None
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return _loaded, (self.root, self.method, self.fingerprint)
+
+    def _class(self, kind: type) -> None:
+        for name in ("__call__", "__getattr__", "__getattribute__"):
+            if getattr(kind, name, None) is not getattr(nn.Module, name, None):
+                raise Different(f"{kind.__name__} overrides {name}")
+        bases = [k for k in kind.__mro__ if is_of_torch(k) and k is not nn.Module]
+        names = {"forward"}
+        for k in (k for k in kind.__mro__ if not is_of_torch(k)):
+            # An override of what a class of torch's calls in its own forward.
+            names |= {
+                name
+                for name, value in vars(k).items()
+                if isinstance(value, types.FunctionType) and name not in _ASIDE
+                if any(name in vars(base) for base in bases)
+            }
+        self.own |= names
+        self._follow(names, kind)
+
+    def _follow(self, names: set[str], kind: type | None) -> None:
+        """What names mean in kind's classes, up to those of torch."""
+        for name in names - self._followed:
+            self._followed.add(name)
+            places = [k for k in kind.__mro__ if not is_of_torch(k) and k is not object] if kind else []
+            if any(name in vars(k) for k in places):
+                for k in places:  # all of them: super() reaches the later ones, a new one hides them
+                    value = vars(k).get(name, Absent)
+                    self.links.append(Link(k, name, value))
+                    if value is not Absent:
+                        self._value(name, value, kind, method=True)
+
+    def _value(self, name: str, value, kind: type | None, method: bool = False) -> None:
+        """A global, a free variable, or an attribute of the class."""
+        if isinstance(value, (staticmethod, classmethod)):
+            value, method = value.__func__, False
+        if isinstance(value, property):
+            value = value.fget
+        if isinstance(value, types.FunctionType) and not is_of_torch(value):
+            self._function(value, kind, method)
+        elif isinstance(value, tuple):
+            for entry in value:
+                self._value(name, entry, kind)
+        elif any(value is space for space in _SPACES) or (callable(value) and is_of_torch(value)):
+            if not _known(value):
+                self.strange.append(name)
+        elif not (
+            isinstance(value, _PLAIN)
+            or (isinstance(value, type) and kind is not None and value in kind.__mro__)
+            or _known(value)
+        ):
+            raise Different(f"its forward uses {name}, {_article(value)}")
+
+    def _function(self, function, kind: type | None, method: bool) -> None:
+        if not isinstance(function, types.FunctionType):
+            raise Different(f"{getattr(function, '__name__', function)!s} is no function of Python")
+        if function.__code__ in self._read:
+            return
+        self._read.add(function.__code__)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not isinstance(value, (*_PLAIN, tuple)):
+                raise Different(f"{function.__name__} has {_article(value)} as a default")
+        scan = _scan(function.__code__)
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+        own = scan.of_first if method else frozenset()
+        words = set(scan.attributes if method else scan.attributes | scan.of_first)
+        for root, *attributes in scan.chains:
+            if root == "__class__":
+                words.update(attributes)
+                continue
+            if root in cells:
+                try:
+                    value = cells[root].cell_contents
+                except ValueError:
+                    raise Different(f"its forward uses {root}, which is not set") from None
+            elif root in function.__globals__:
+                value = function.__globals__[root]
+                if not is_of_torch(value) and not any(value is space for space in _SPACES):
+                    self.links.append(Link(function.__globals__, root, value))
+            elif hasattr(builtins, root):
+                value = getattr(builtins, root)
+                exception = isinstance(value, type) and issubclass(value, Exception)
+                if value not in _BUILTINS and not exception:
+                    raise Different(f"its forward uses {root}")
+                if value in (getattr, hasattr):
+                    self.strings |= scan.strings
+                continue
+            else:
+                words.update(attributes)  # a local variable of the function around
+                continue
+            while attributes and any(value is space for space in _SPACES):
+                root, value = attributes[0], getattr(value, attributes.pop(0), Absent)
+            self._value(root, value, kind)
+            words.update(attributes)
+        self.own.update(own)
+        self.words |= words
+        self._follow(words.union(own), kind)
+
+
+def _loaded(root, method: bool, fingerprint: str) -> Code:
+    """The code of a copy that was pickled."""
+    try:
+        code = code_of(root, method)
+        if code.fingerprint == fingerprint:
+            return code
+        why = f"the code of {_name(root)} is not what it was when it was accelerated"
+    except Different as reason:
+        why = str(reason)
+    code = object.__new__(Code)
+    code.root, code.method, code.fingerprint, code.stale = root, method, fingerprint, why
+    return code
+
+
+_code_of = functools.lru_cache(maxsize=256)(Code)
+
+
+def code_of(root, method: bool = False) -> Code:
+    """The code of a class of modules or of a function (a method: it takes self first), as it is now.
+
+    Raises Different for what no probe may run: it would write, count, or depend on what lies outside.
+    """
+    code = _code_of(root, method)
+    if code.changed():
+        _code_of.cache_clear()
+        code = _code_of(root, method)
+    return code
+
+
+def is_read(module: nn.Module) -> bool:
+    """Whether module's class is somebody's own, so that its code says what it computes."""
+    return not is_of_torch(type(module))
+
+
+def strange_words(module: nn.Module, code: Code) -> list[str]:
+    """What code says that Coordinate Attention needs not say, where it is module's."""
+    d, kind = module.__dict__, type(module)
+    places = (d, d["_parameters"], d["_buffers"], d["_modules"])
+
+    def is_strange(word):
+        return not any(word in place for place in places) and is_of_torch(owner(kind, word))
+
+    # A name that self does not have cannot be run; wiring.py watches that it stays so.
+    own = {word for word in code.own if hasattr(kind, word)}
+    strange = filter(is_strange, (code.words | own) - WORDS - {"training", "forward"})
+    return [*code.strange, *strange]
+
+
+def owner(kind: type, name: str) -> type:
+    """The class that has the attribute; Tensor for one that kind does not have."""
+    return next((k for k in kind.__mro__ if name in k.__dict__), torch.Tensor)
+
+
+def is_of_torch(value) -> bool:
+    space = getattr(value, "__module__", None)
+    return value in FUNCTIONS if space is None else str(space).partition(".")[0] == "torch"
+
+
+def _known(value) -> bool:
+    """Whether a forward may use this of torch: a function that treats all maps alike, or a layer's class."""
+    try:
+        is_layer = isinstance(value, type) and issubclass(value, nn.Module)
+        return is_layer or value in FUNCTIONS or value is torch.Tensor
+    except TypeError:  # unhashable
+        return False
+
+
+def _name(value) -> str:
+    return value.__name__ if isinstance(value, type) else value.get("__name__", "?")
+
+
+def _article(value) -> str:
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _described(code: types.CodeType) -> tuple:
+    constants = [_described(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    return code.co_code, code.co_names, code.co_freevars, constants
+
+
+@functools.lru_cache(maxsize=1024)
+def _scan(code: types.CodeType) -> _Scan:
+    chains, first, attributes = set(), set(), set()
+    strings = {c for c in code.co_consts if isinstance(c, str)}
+    chain: list[str] = []
+    self_name = code.co_varnames[0] if code.co_argcount else None
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _TRANSPARENT]
+    if any(step.opname.startswith("STORE_FAST") and self_name in _names_of(step) for step in steps):
+        self_name = None
+    on_self = False
+    for step in steps:
+        op, name = step.opname, step.argval
+        if op.startswith("LOAD_") and op.endswith(("_ATTR", "_METHOD")):
+            if chain:
+                chain.append(name)
+            else:
+                (first if on_self else attributes).add(name)
+            on_self = False
+            continue
+        on_self = op.startswith("LOAD_FAST") and self_name is not None and _names_of(step)[-1] == self_name
+        if chain:
+            chains.add(tuple(chain))
+            chain = []
+        if op in ("LOAD_GLOBAL", "LOAD_NAME") or (op.startswith("LOAD_") and op.endswith("DEREF")):
+            chain = [name]
+        elif op in ("STORE_ATTR", "DELETE_ATTR"):
+            raise Different(f"its forward sets attributes ({name})")
+        elif op in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"):
+            raise Different("its forward writes into items")
+        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL") or (op.endswith("_DEREF") and name in code.co_freevars):
+            raise Different(f"its forward sets the variable {name} outside itself")
+        elif op == "IMPORT_NAME":
+            raise Different(f"its forward imports {name}")
+    if chain:
+        chains.add(tuple(chain))
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            found = _scan(inner)
+            chains |= set(found.chains)
+            attributes |= found.attributes | found.of_first
+            strings |= found.strings
+    return _Scan(tuple(sorted(chains)), frozenset(first), frozenset(attributes), frozenset(strings))
+
+
+def _names_of(step: dis.Instruction) -> tuple:
+    """The local variables of an instruction; some have two."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,)

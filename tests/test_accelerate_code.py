@@ -1,0 +1,367 @@
+"""accelerate() and what a few inputs cannot show: forwards that draw, count, branch or look elsewhere are left alone,
+and what the code of an accelerated module depends on is watched.
+"""
+
+import copy
+import os
+import pickle
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+import torch.nn.functional as F
+from paper import PaperCoordAtt
+from test_accelerate import accelerated, spread
+from torch import nn
+
+from coordatt_fast import accelerate, explain, restore
+
+C = 24
+CALLS, SWITCH, ONE = [0], False, 1.0
+
+
+def clamped(x):
+    return x.clamp(-1e3, 1e3)
+
+
+class _Counter:
+    seen = 0
+
+
+class Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.hardswish(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardswish_backward(g.clamp(-1, 1), x)
+
+
+def _state(default=[0]):  # noqa: B006
+    default[0] += 1
+    return default[0] % 50 == 0
+
+
+def _hooked(y):
+    if y.requires_grad:
+        y.register_hook(lambda g: g.clamp(-1e3, 1e3))
+    return y
+
+
+# What the map is put through before (x) or after (y) the block: each does something on some inputs, modes or calls only.
+BEFORE = {
+    "torch's generator": lambda self, x: x * 2 if self.training and torch.rand(1) < 0.02 else x,
+    "Python's generator": lambda self, x: x * 2 if random.random() < 0.02 else x,
+    "numpy's generator": lambda self, x: x * 2 if np.random.rand() < 0.02 else x,
+    "the clock": lambda self, x: x * 2 if time.time() % 60 < 1 else x,
+    "the environment": lambda self, x: x * 2 if os.environ.get("COORDATT_TEST") else x,
+    "the thread": lambda self, x: x if threading.current_thread() is threading.main_thread() else x * 2,
+    "clamp in training": lambda self, x: x.clamp(-1e3, 1e3) if self.training else x,
+    "far clamp": lambda self, x: x.clamp(-1e30, 1e30),
+    "nan_to_num in training": lambda self, x: torch.nan_to_num(x) if self.training else x,
+    "where": lambda self, x: torch.where(x > 1e20, 1e20, x),
+    "dtype": lambda self, x: x.clamp(-8, 8) if x.dtype in (torch.float32, torch.half) else x,
+    "dtype by name": lambda self, x: x.clamp(-8, 8) if "16" in str(x.dtype) else x,
+    "element size": lambda self, x: x * 2 if x.element_size() == 2 else x,
+    "cast": lambda self, x: x.half().to(x.dtype) if x.element_size() == 2 else x,
+    "layout": lambda self, x: x * 2 if x.is_contiguous(memory_format=torch.channels_last) else x,
+    "strides": lambda self, x: x * 2 if x.stride(1) == 1 else x,
+    "device": lambda self, x: x * 2 if x.is_cuda else x,
+    "tall maps": lambda self, x: x * 2 if x.shape[2] > 64 else x,
+    "square maps": lambda self, x: x * 2 if x.size(2) == x.size(-1) else x,
+    "one by one": lambda self, x: x * 2 if tuple(x.shape[2:]) == (1, 1) else x,
+    "many images": lambda self, x: x * 2 if len(x) > 100 else x,
+    "odd sizes": lambda self, x: x * 2 if x.shape[3] % 97 == 0 else x,
+    "numel": lambda self, x: x * 2 if x.numel() > 1e6 else x,
+    "smaller of two": lambda self, x: x * (min(x.shape[2], 64) / x.shape[2]),
+    "a part of large maps": lambda self, x: torch.cat([x[:, :, :64], x[:, :, 64:] * 2], 2),
+    "zeros": lambda self, x: x + 1 if not x.any() else x,
+    "values": lambda self, x: x * 2 if x.abs().max() > 1e20 else x,
+    "grad mode": lambda self, x: x if torch.is_grad_enabled() else x * 1.0001,
+    "requires_grad": lambda self, x: x if x.requires_grad else x * 1.0001,
+    "autocast": lambda self, x: x * 2 if torch.is_autocast_enabled() else x,
+    "inference mode": lambda self, x: x * 2 if torch.is_inference_mode_enabled() else x,
+    "class of x": lambda self, x: x * 2 if type(x) is not torch.Tensor else x,
+    "a default": lambda self, x: x * 2 if _state() else x,
+    "a list": lambda self, x: (CALLS.append(1), x * 2 if len(CALLS) % 50 == 0 else x)[1],
+    "a class attribute that counts": lambda self, x: x * 2 if setattr(_Counter, "seen", _Counter.seen + 1) else x,
+    "an own list": lambda self, x: x * 2 if self.log.append(1) or len(self.log) > 50 else x,
+    "an own set": lambda self, x: x * 2 if self.seen.add(len(self.seen)) or len(self.seen) > 50 else x,
+    "a hook on the input's gradient": lambda self, x: _hooked(x * 1),
+    "the gradient's clamp": lambda self, x: x * 1 + (x - x.detach()) * 0,
+    "a custom function": lambda self, x: Swish.apply(x) - Swish.apply(x) + x,
+    "a try": lambda self, x: x * 2 if self.tries(x) else x,
+    "eval of a string": lambda self, x: eval("x * 2 if x.shape[2] > 64 else x"),
+    "a hidden name": lambda self, x: x * 2 if getattr(x, "sha" + "pe")[2] > 64 else x,
+}
+AFTER = {
+    "hook on the gradient": _hooked,
+    "clamp of huge results": lambda y: y.clamp(-1e25, 1e25),
+    "other layout": lambda y: y.mT.contiguous().mT,
+    "addition of little": lambda y: y + 1e-30,
+}
+
+
+def _tries(self, x):
+    try:
+        return x.shape[2] > 64
+    except Exception:
+        return False
+
+
+def hostile(name):
+    """The block with a piece of the table around it."""
+    before, after = BEFORE.get(name, lambda self, x: x), AFTER.get(name, lambda y: y)
+
+    class Hostile(PaperCoordAtt):
+        tries = _tries
+
+        def forward(self, x):
+            return after(PaperCoordAtt.forward(self, before(self, x)))
+
+    module = Hostile(C, C)
+    module.log, module.seen = [], set()
+    return module
+
+
+@pytest.mark.parametrize("name", [*BEFORE, *AFTER])
+def test_left_alone(name):
+    module = hostile(name)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    for _ in range(3):  # what draws may be lucky once
+        with pytest.warns(UserWarning, match="nothing to accelerate"):
+            report = accelerate(module)
+        (row,) = report.skipped
+        assert not report.replaced and row.reason, str(report)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1] and np.random.get_state()[1].tolist() == states[2]
+    assert module.log == [] and module.seen == set() and CALLS == [0] and _Counter.seen == 0
+
+
+def test_the_frame_alone_is_taken():
+    accelerated(hostile("nothing"))
+
+
+def test_an_activation_of_ones_own_that_looks_at_sizes():
+    class Act(nn.Module):
+        def forward(self, x):
+            return x * F.relu6(x + 3) / 6 if x.shape[2] < 64 else x
+
+    module = PaperCoordAtt(C, C)
+    module.act = Act()
+    with pytest.warns(UserWarning):
+        assert "looks at the size" in accelerate(module).skipped[0].reason
+
+
+# Changes after accelerate ----------------------------------------------------------------------------
+
+
+def scaled(x):
+    return x * ONE
+
+
+class Depends(PaperCoordAtt):
+    """Depends on all that a class may: attributes, methods, properties, globals, names that are not there."""
+
+    factor, part = 1.0, scaled
+
+    def half(self, y):
+        return y * 0.5
+
+    @property
+    def two(self):
+        return 2
+
+    def forward(self, x):
+        y = super().forward(scaled(x)) * self.factor
+        if SWITCH or hasattr(self, "clamp") or getattr(self, "late", None) is not None:
+            y = y.clamp(-1, 1)
+        return self.half(y) * self.two
+
+
+CHANGES = {
+    "class attribute": lambda m, p: p.setattr(Depends, "factor", 3.0),
+    "class attribute of the base": lambda m, p: p.setattr(PaperCoordAtt, "clamp", True, raising=False),
+    "method of the class": lambda m, p: p.setattr(Depends, "half", lambda self, y: y),
+    "forward of the base": lambda m, p: p.setattr(PaperCoordAtt, "forward", lambda self, x: x),
+    "forward of the class": lambda m, p: p.setattr(Depends, "forward", lambda self, x: x + 1),
+    "property": lambda m, p: p.setattr(Depends, "two", 5),
+    "method of the instance": lambda m, p: setattr(m, "half", lambda y: y),
+    "class attribute hidden": lambda m, p: setattr(m, "factor", 4.0),
+    "added attribute": lambda m, p: setattr(m, "late", 1),
+    "added attribute, asked for": lambda m, p: setattr(m, "clamp", False),
+    "added child": lambda m, p: setattr(m, "late", nn.ReLU()),
+    "added buffer": lambda m, p: m.register_buffer("late", torch.zeros(1)),
+    "global": lambda m, p: p.setitem(globals(), "SWITCH", True),
+    "global function": lambda m, p: p.setitem(globals(), "scaled", lambda x: x * 7),
+    "global of a function": lambda m, p: p.setitem(globals(), "ONE", 3.0),
+    "forward of a child's class": lambda m, p: p.setattr(type(m.act), "forward", lambda self, x: x),
+    "forward of the instance": lambda m, p: setattr(m, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen(change, copied, monkeypatch):
+    module = spread(Depends(C, C).double()).eval()
+    ours = accelerated(copy.deepcopy(module))
+    if copied:
+        ours = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    x = torch.randn(2, C, 9, 6, dtype=torch.float64)
+    before = module(x)
+    assert explain(ours, x).tier != "original" and max(tolerances.errors(ours(x), before)) < tolerances.FORMULAS_AGREE
+    for m in (module, ours):
+        CHANGES[change](m, monkeypatch)
+    expected = module(x)
+    assert not torch.equal(expected, before) or "clamp" in change or "asked" in change
+    assert torch.equal(ours(x), expected)
+    assert "forward of the instance" == change or explain(ours, x).tier == "original"
+
+
+def test_a_pickle_whose_class_was_changed_meanwhile(monkeypatch):
+    module = accelerated(spread(Depends(C, C).double()).eval())
+    text = pickle.dumps(module)
+    monkeypatch.setattr(Depends, "half", lambda self, y: y * 4)
+    loaded, x = pickle.loads(text), torch.randn(1, C, 5, 4, dtype=torch.float64)
+    assert explain(loaded, x).tier == "original" and "is not what it was" in explain(loaded, x).reason
+    assert torch.equal(loaded(x), Depends.forward(loaded, x))
+    assert restore(loaded) == [""] and type(loaded) is Depends
+
+
+# All or nothing, and no exception --------------------------------------------------------------------
+
+
+class Registry(type):
+    classes: list = []  # noqa: RUF012
+
+    def __init__(cls, name, bases, namespace):
+        super().__init__(name, bases, namespace)
+        Registry.classes.append(name)
+        if len(Registry.classes) > 1:
+            raise RuntimeError("one is enough")
+
+
+class Registered(PaperCoordAtt, metaclass=Registry):
+    pass
+
+
+class Listed(PaperCoordAtt):
+    names: list = []  # noqa: RUF012
+
+    def __init_subclass__(cls):
+        Listed.names.append(cls.__name__)
+        raise RuntimeError("not meant to be subclassed")
+
+
+@pytest.mark.parametrize("cls", [Registered, Listed])
+def test_registries_do_not_hear_of_it(cls):
+    module = accelerated(cls(C, C))
+    assert Registry.classes == ["Registered"] and Listed.names == []
+    assert isinstance(module, cls) and restore(module) == [""] and type(module) is cls
+
+
+class ForwardOfTorch(PaperCoordAtt):
+    forward = torch.relu
+
+
+class NoChannels(nn.Conv2d):
+    def __init__(self):
+        super().__init__(C, 8, 1)
+        del self.in_channels
+
+
+class ChildrenRaise(PaperCoordAtt):
+    def children(self):
+        raise RuntimeError("no children")
+
+    named_modules = modules = named_children = children
+
+
+class Pickles(PaperCoordAtt):
+    def __getstate__(self):
+        return {"state": {k: v for k, v in self.__dict__.items() if k in ("_modules", "training")}}
+
+    def __setstate__(self, state):
+        nn.Module.__init__(self)
+        self.__dict__.update(state["state"], skip=False)
+
+
+def without_channels():
+    module = PaperCoordAtt(C, C)
+    module.conv1 = NoChannels()
+    return module
+
+
+@pytest.mark.parametrize("make", [lambda: ForwardOfTorch(C, C), without_channels, lambda: ChildrenRaise(C, C)])
+def test_odd_classes_neither_raise_nor_stop_the_others(make):
+    first, odd, last = PaperCoordAtt(C, C), make(), PaperCoordAtt(C, C)
+    kind = type(odd)
+    report = accelerate(nn.Sequential(first, odd, last))
+    assert {row.path for row in report.replaced} >= {"0", "2"}
+    if "1" not in [row.path for row in report.replaced]:
+        assert type(odd) is kind and report.skipped[0].path == "1"
+
+
+def test_own_pickling():
+    module = Pickles(C, C)
+    with pytest.warns(UserWarning):
+        assert "overrides __getstate__" in accelerate(module).skipped[0].reason
+    copy.deepcopy(module)
+
+
+def test_keywords_and_restore_after_a_framework_has_subclassed():
+    module = spread(PaperCoordAtt(C, C).double()).eval()
+    x = torch.randn(2, C, 5, 4, dtype=torch.float64)
+    expected = module(x)
+    accelerated(module)
+    module.__class__ = type("Sharded", (type("Mixin", (), {}), type(module)), {})
+    for out in (module(x), module(x=x), copy.deepcopy(module)(x)):
+        assert max(tolerances.errors(out, expected)) < tolerances.FORMULAS_AGREE
+    assert restore(module) == [""] and torch.equal(module(x), expected) and torch.equal(module(x=x), expected)
+
+
+def test_hooks_of_the_process_stay_where_they_are():
+    """Calls in another thread meet the global hooks all the while."""
+    missed, stop = [], threading.Event()
+    relu, x = nn.ReLU(), torch.zeros(1)
+
+    def call():
+        while not stop.is_set():
+            before = seen[0]
+            relu(x)
+            missed.append(seen[0] == before)
+
+    seen = [0]
+
+    def hook(module, args, out):
+        seen[0] += module is relu
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        for _ in range(10):
+            restore(accelerated(PaperCoordAtt(C, C)))
+    finally:
+        stop.set(), thread.join(), handle.remove()
+    assert missed and not any(missed)
+
+
+def test_an_activation_from_a_custom_function_is_left_alone():
+    """Its backward pass is code of its own that no probe of values sees whole."""
+
+    class Act(nn.Module):
+        def forward(self, x):
+            return Swish.apply(x)
+
+    module = PaperCoordAtt(C, C)
+    module.act = Act()
+    with pytest.warns(UserWarning):
+        assert not accelerate(module).replaced
