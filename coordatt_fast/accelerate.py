@@ -119,8 +119,9 @@ def accelerate(model: nn.Module) -> Report:
 
     A module is recognised by its structure (1x1 convolutions C -> m, m -> C, m -> C, at most one
     normalisation, no other parameters) and then has to prove itself: a twin of it with random weights must
-    give the outputs, gradients and running statistics of Coordinate Attention in eval and in training mode.
-    Names do not matter. What computes something else is left alone.
+    give the outputs, gradients and running statistics of Coordinate Attention in eval and in training mode,
+    and the code of its forward must say nothing that could make other inputs an exception. Names do not
+    matter. What computes something else, or may, is left alone; so is one whose examination raises.
 
     The objects stay the same and only change their class, to a subclass of their own: parameters, state
     dict, hooks, attributes and references to them are untouched; so are random numbers. model may be a
