@@ -44,13 +44,16 @@ FUNCTIONS = frozenset(
 
 _BUILTINS = frozenset(
     getattr(builtins, name)
-    for name in "super len tuple list zip enumerate reversed sum getattr hasattr isinstance callable".split()
+    for name in "super len tuple list zip enumerate reversed sum getattr hasattr".split()
 )
 _SPACES = (torch, nn, F)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _TRANSPARENT = frozenset(
     "CACHE EXTENDED_ARG RESUME NOP PUSH_NULL PRECALL COPY_FREE_VARS MAKE_CELL NOT_TAKEN".split()
 )
+# What nn.Module keeps in an instance; a forward may ask for the first alone.
+_STATE = frozenset(nn.Module().__dict__) - {"training"}
+_CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__getattr__", "__getattribute__")
 # Methods of nn.Module that no forward runs by itself.
 _ASIDE = frozenset(
     "__init__ __init_subclass__ __repr__ __str__ __new__ __del__ extra_repr reset_parameters state_dict "
@@ -64,6 +67,7 @@ class Absent:
 
 class _Scan(NamedTuple):
     chains: tuple[tuple[str, ...], ...]  # a global or free variable and the attributes taken of it
+    first: str | None  # the first argument, where it stays what it is
     of_first: frozenset[str]  # attributes taken of the first argument, self in a method
     attributes: frozenset[str]  # ... of anything else
     strings: frozenset[str]
@@ -86,7 +90,7 @@ class Code:
 
     root: the class or function. own: names looked up in self. words: attributes of anything else.
     strings: what getattr and hasattr may be given. strange: words that a numeric probe cannot vouch for.
-    links: what it looks up elsewhere. fingerprint: of all functions read, for copies that outlive the process.
+    links: what it looks up elsewhere. fingerprint: of all functions read, for copies in files.
     """
 
     def __init__(self, root, method: bool = False) -> None:
@@ -123,7 +127,7 @@ class Code:
         return _loaded, (self.root, self.method, self.fingerprint)
 
     def _class(self, kind: type) -> None:
-        for name in ("__call__", "__getattr__", "__getattribute__"):
+        for name in _CALLS:
             if getattr(kind, name, None) is not getattr(nn.Module, name, None):
                 raise Different(f"{kind.__name__} overrides {name}")
         bases = [k for k in kind.__mro__ if is_of_torch(k) and k is not nn.Module]
@@ -183,11 +187,15 @@ class Code:
                 raise Different(f"{function.__name__} has {_article(value)} as a default")
         scan = _scan(function.__code__)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
-        own = scan.of_first if method else frozenset()
+        own = set(scan.of_first if method else ())
         words = set(scan.attributes if method else scan.attributes | scan.of_first)
         for root, *attributes in scan.chains:
             if root == "__class__":
                 words.update(attributes)
+                continue
+            if method and root == scan.first and root not in cells:  # self, as functions inside see it
+                own.update(attributes[:1])
+                words.update(attributes[1:])
                 continue
             if root in cells:
                 try:
@@ -213,9 +221,9 @@ class Code:
                 root, value = attributes[0], getattr(value, attributes.pop(0), Absent)
             self._value(root, value, kind)
             words.update(attributes)
-        self.own.update(own)
+        self.own |= own
         self.words |= words
-        self._follow(words.union(own), kind)
+        self._follow(own | words, kind)
 
 
 def _loaded(root, method: bool, fingerprint: str) -> Code:
@@ -258,17 +266,19 @@ def strange_words(module: nn.Module, code: Code) -> list[str]:
     places = (d, d["_parameters"], d["_buffers"], d["_modules"])
 
     def is_strange(word):
-        return not any(word in place for place in places) and is_of_torch(owner(kind, word))
+        return word in _STATE or (
+            not any(word in place for place in places) and is_of_torch(owner(kind, word))
+        )
 
     # A name that self does not have cannot be run; wiring.py watches that it stays so.
-    own = {word for word in code.own if hasattr(kind, word)}
+    own = {word for word in code.own if hasattr(module, word)}
     strange = filter(is_strange, (code.words | own) - WORDS - {"training", "forward"})
     return [*code.strange, *strange]
 
 
 def owner(kind: type, name: str) -> type:
     """The class that has the attribute; Tensor for one that kind does not have."""
-    return next((k for k in kind.__mro__ if name in k.__dict__), torch.Tensor)
+    return next((k for k in kind.__mro__ if name in k.__dict__ and k is not object), torch.Tensor)
 
 
 def is_of_torch(value) -> bool:
@@ -301,24 +311,25 @@ def _described(code: types.CodeType) -> tuple:
 
 @functools.lru_cache(maxsize=1024)
 def _scan(code: types.CodeType) -> _Scan:
-    chains, first, attributes = set(), set(), set()
+    chains, of_first, attributes = set(), set(), set()
     strings = {c for c in code.co_consts if isinstance(c, str)}
     chain: list[str] = []
-    self_name = code.co_varnames[0] if code.co_argcount else None
+    first = code.co_varnames[0] if code.co_argcount else None
     steps = [step for step in dis.get_instructions(code) if step.opname not in _TRANSPARENT]
-    if any(step.opname.startswith("STORE_FAST") and self_name in _names_of(step) for step in steps):
-        self_name = None
-    on_self = False
+    stores = (step for step in steps if step.opname.startswith(("STORE_FAST", "STORE_DEREF")))
+    if any(first in _names_of(step) for step in stores):
+        first = None
+    on_first = False
     for step in steps:
         op, name = step.opname, step.argval
         if op.startswith("LOAD_") and op.endswith(("_ATTR", "_METHOD")):
             if chain:
                 chain.append(name)
             else:
-                (first if on_self else attributes).add(name)
-            on_self = False
+                (of_first if on_first else attributes).add(name)
+            on_first = False
             continue
-        on_self = op.startswith("LOAD_FAST") and self_name is not None and _names_of(step)[-1] == self_name
+        on_first = op.startswith("LOAD_FAST") and first is not None and _names_of(step)[-1] == first
         if chain:
             chains.add(tuple(chain))
             chain = []
@@ -340,7 +351,7 @@ def _scan(code: types.CodeType) -> _Scan:
             chains |= set(found.chains)
             attributes |= found.attributes | found.of_first
             strings |= found.strings
-    return _Scan(tuple(sorted(chains)), frozenset(first), frozenset(attributes), frozenset(strings))
+    return _Scan(tuple(sorted(chains)), first, frozenset(of_first), frozenset(attributes), frozenset(strings))
 
 
 def _names_of(step: dis.Instruction) -> tuple:

@@ -98,6 +98,11 @@ BEFORE = {
     "the gradient's clamp": lambda self, x: x * 1 + (x - x.detach()) * 0,
     "a custom function": lambda self, x: Swish.apply(x) - Swish.apply(x) + x,
     "a try": lambda self, x: x * 2 if self.tries(x) else x,
+    "its own hooks": lambda self, x: x * 2 if self._forward_hooks else x,
+    "the class of a part": lambda self, x: x * 2 if isinstance(self.bn1, nn.SyncBatchNorm) else x,
+    "a part's setting": lambda self, x: x * 2 if self.bn1.eps > 1 else x,
+    "a part's mode": lambda self, x: x * 2 if self.bn1.training != self.training else x,
+    "its class": lambda self, x: x * 2 if self.__class__.__name__.startswith("Accelerated") else x,
     "eval of a string": lambda self, x: eval("x * 2 if x.shape[2] > 64 else x"),
     "a hidden name": lambda self, x: x * 2 if getattr(x, "sha" + "pe")[2] > 64 else x,
 }
