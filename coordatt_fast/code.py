@@ -51,8 +51,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _TRANSPARENT = frozenset(
     "CACHE EXTENDED_ARG RESUME NOP PUSH_NULL PRECALL COPY_FREE_VARS MAKE_CELL NOT_TAKEN".split()
 )
-# What nn.Module keeps in an instance; a forward may ask for the first alone.
-_STATE = frozenset(nn.Module().__dict__) - {"training"}
+# What nn.Module keeps in an instance; a forward may ask for its own training alone.
+_STATE = frozenset(nn.Module().__dict__)
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__getattr__", "__getattribute__")
 # Methods of nn.Module that no forward runs by itself.
 _ASIDE = frozenset(
@@ -272,7 +272,7 @@ def strange_words(module: nn.Module, code: Code) -> list[str]:
 
     # A name that self does not have cannot be run; wiring.py watches that it stays so.
     own = {word for word in code.own if hasattr(module, word)}
-    strange = filter(is_strange, (code.words | own) - WORDS - {"training", "forward"})
+    strange = filter(is_strange, (code.words | own - {"training"}) - WORDS - {"forward"})
     return [*code.strange, *strange]
 
 
