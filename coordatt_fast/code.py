@@ -74,15 +74,26 @@ class _Scan(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A name that the code looks up in a class or among a module's globals, and what it found there."""
+    """A name that the code looks up in a class, among a module's globals or in an outer function, and what it
+    found there."""
 
-    holder: object
+    get: object  # of the names
     name: str
     value: object
+    where: str
 
-    def holds(self) -> bool:
-        names = self.holder.__dict__ if isinstance(self.holder, type) else self.holder
-        return names.get(self.name, Absent) is self.value
+
+class _Cell:
+    """A variable of an outer function, looked up as in a dict."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell
+
+    def get(self, name: str, default):
+        try:
+            return self.cell.cell_contents
+        except ValueError:
+            return default
 
 
 class Code:
@@ -101,13 +112,13 @@ class Code:
         self.strange: list[str] = []
         self.links: list[Link] = []
         self.stale = ""
+        self.functions: dict[types.FunctionType, types.CodeType] = {}
         self._followed: set[str] = set()
-        self._read: set[types.CodeType] = set()
         if isinstance(root, type):
             self._class(root)
         else:
             self._function(root, None, method)
-        parts = sorted(repr(_described(code)) for code in self._read)
+        parts = sorted(repr(_described(code)) for code in self.functions.values())
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         self.fingerprint = f"{sys.version_info[0]}.{sys.version_info[1]} {digest}"
 
@@ -115,9 +126,12 @@ class Code:
         """What is not as it was read; None when all of it is."""
         if self.stale:
             return self.stale
-        for link in self.links:
-            if not link.holds():
-                return f"{link.name} has changed in {_name(link.holder)}"
+        for get, name, value, where in self.links:
+            if get(name, Absent) is not value:
+                return f"{name} has changed in {where}"
+        for function, code in self.functions.items():
+            if function.__code__ is not code:
+                return f"the code of {function.__name__} has changed"
         return None
 
     def __deepcopy__(self, memo):
@@ -151,7 +165,7 @@ class Code:
             if any(name in vars(k) for k in places):
                 for k in places:  # all of them: super() reaches the later ones, a new one hides them
                     value = vars(k).get(name, Absent)
-                    self.links.append(Link(k, name, value))
+                    self.links.append(Link(vars(k).get, name, value, k.__name__))
                     if value is not Absent:
                         self._value(name, value, kind, method=True)
 
@@ -179,9 +193,9 @@ class Code:
     def _function(self, function, kind: type | None, method: bool) -> None:
         if not isinstance(function, types.FunctionType):
             raise Different(f"{getattr(function, '__name__', function)!s} is no function of Python")
-        if function.__code__ in self._read:
+        if function in self.functions:
             return
-        self._read.add(function.__code__)
+        self.functions[function] = function.__code__
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(value, (*_PLAIN, tuple)):
                 raise Different(f"{function.__name__} has {_article(value)} as a default")
@@ -202,10 +216,12 @@ class Code:
                     value = cells[root].cell_contents
                 except ValueError:
                     raise Different(f"its forward uses {root}, which is not set") from None
+                self.links.append(Link(_Cell(cells[root]).get, root, value, function.__qualname__))
             elif root in function.__globals__:
                 value = function.__globals__[root]
                 if not is_of_torch(value) and not any(value is space for space in _SPACES):
-                    self.links.append(Link(function.__globals__, root, value))
+                    where = function.__module__ or "its module"
+                    self.links.append(Link(function.__globals__.get, root, value, where))
             elif hasattr(builtins, root):
                 value = getattr(builtins, root)
                 exception = isinstance(value, type) and issubclass(value, Exception)
@@ -232,7 +248,7 @@ def _loaded(root, method: bool, fingerprint: str) -> Code:
         code = code_of(root, method)
         if code.fingerprint == fingerprint:
             return code
-        why = f"the code of {_name(root)} is not what it was when it was accelerated"
+        why = f"the code of {root.__qualname__} is not what it was when it was accelerated"
     except Different as reason:
         why = str(reason)
     code = object.__new__(Code)
@@ -293,10 +309,6 @@ def _known(value) -> bool:
         return is_layer or value in FUNCTIONS or value is torch.Tensor
     except TypeError:  # unhashable
         return False
-
-
-def _name(value) -> str:
-    return value.__name__ if isinstance(value, type) else value.get("__name__", "?")
 
 
 def _article(value) -> str:

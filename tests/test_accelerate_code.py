@@ -172,6 +172,22 @@ def scaled(x):
     return x * ONE
 
 
+def _closure():
+    factor = 1.0
+
+    def apply(x):
+        return x * factor
+
+    def change(value):
+        nonlocal factor
+        factor = value
+
+    return apply, change
+
+
+from_closure, change_closure = _closure()
+
+
 class Depends(PaperCoordAtt):
     """Depends on all that a class may: attributes, methods, properties, globals, names that are not there."""
 
@@ -185,7 +201,7 @@ class Depends(PaperCoordAtt):
         return 2
 
     def forward(self, x):
-        y = super().forward(scaled(x)) * self.factor
+        y = super().forward(from_closure(scaled(x))) * self.factor
         if SWITCH or hasattr(self, "clamp") or getattr(self, "late", None) is not None:
             y = y.clamp(-1, 1)
         return self.half(y) * self.two
@@ -207,6 +223,8 @@ CHANGES = {
     "global": lambda m, p: p.setitem(globals(), "SWITCH", True),
     "global function": lambda m, p: p.setitem(globals(), "scaled", lambda x: x * 7),
     "global of a function": lambda m, p: p.setitem(globals(), "ONE", 3.0),
+    "variable of an outer function": lambda m, p: change_closure(3.0),
+    "code of a function, as on reloading": lambda m, p: p.setattr(scaled, "__code__", (lambda x: x * 9).__code__),
     "forward of a child's class": lambda m, p: p.setattr(type(m.act), "forward", lambda self, x: x),
     "forward of the instance": lambda m, p: setattr(m, "forward", lambda x: x),
 }
@@ -228,6 +246,7 @@ def test_changes_are_seen(change, copied, monkeypatch):
     assert not torch.equal(expected, before) or "clamp" in change or "asked" in change
     assert torch.equal(ours(x), expected)
     assert "forward of the instance" == change or explain(ours, x).tier == "original"
+    change_closure(1.0)
 
 
 def test_a_pickle_whose_class_was_changed_meanwhile(monkeypatch):
