@@ -11,6 +11,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.third_party import (
+    CoordAtt,
     ModelEMA,
     timm,
     timm_attention,
@@ -20,6 +21,11 @@ from examples.third_party import (
 )
 
 __all__ = ["NETWORKS", "ModelEMA", "Network", "timm", "timm_attention", "yolo_save"]
+
+
+def plain_block():
+    """The block as users of ultralytics add it, known to its yamls by its name."""
+    return CoordAtt
 
 
 class Network:
