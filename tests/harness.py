@@ -25,6 +25,7 @@ FLOATS = {
     "float16": torch.float16,
 }
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+SHAKES = 6
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "neon")
 
 
@@ -212,6 +213,19 @@ def plain_in_other_orders(case, d, backward=True):
     return [mirrored, permuted]
 
 
+def shaken(case, d, seed, backward=True):
+    """The truth where every input is off by up to half an ulp of its dtype."""
+    g = torch.Generator().manual_seed(3000 + seed)
+
+    def off(t):
+        draw = torch.rand(t.shape, generator=g, dtype=torch.float64) - 0.5
+        return t.double() * (1 + draw * torch.finfo(t.dtype).eps)
+
+    params = {name: off(t) for name, t in d.params.items()}
+    module = build(PaperCoordAtt, case, params, torch.float64)
+    return run(module, off(d.x), off(d.grad) if backward else None)
+
+
 def fast(case, d, backward=True):
     """The package on whatever backend is chosen."""
     with autocast(case):
@@ -240,7 +254,11 @@ def yardstick(case, backward):
     """Truth and plain PyTorch's error; the memory format of x is no part of either, so layouts share one."""
     drawn = [data(case, seed) for seed in draws(case.shape)]
     orders = zip(*([plain(case, d, backward), *plain_in_other_orders(case, d, backward)] for d in drawn))
-    return tolerances.Yardstick([truth(case, d, backward) for d in drawn], list(orders))
+    return tolerances.Yardstick(
+        [truth(case, d, backward) for d in drawn],
+        list(orders),
+        lambda: [[shaken(case, d, seed, backward) for d in drawn] for seed in range(SHAKES)],
+    )
 
 
 def compare(case, backward=True, under_test=fast):
