@@ -3,7 +3,9 @@ prediction, export, reload; acceleration that outlives ultralytics' rebuilding o
 """
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import third_party
@@ -23,8 +25,6 @@ ultralytics = pytest.importorskip("ultralytics")
 
 def spec(block):
     """YOLOv8n whose neck reads a map with the block before it twice."""
-    from pathlib import Path
-
     found = yaml.safe_load((Path(ultralytics.__file__).parent / "cfg/models/v8/yolov8.yaml").read_text())
     *neck, _ = found["head"]
     heads = [[-1, 1, block, ["c2", "c2"]], [18, 1, block, [128, 128]], [15, 1, block, [64, 64, 16]]]
@@ -100,6 +100,23 @@ def test_a_yaml_with_the_block_through_its_life(folder):
     with torch.no_grad():
         assert max(tolerances.errors(outputs(fused, x), expected)) < 1e-3
     assert len(loaded.predict(str(folder / "images/val/00.png"), imgsz=64, verbose=False, device="cpu")) == 1
+
+
+def test_the_tutorial(folder, monkeypatch):
+    """Every block of docs/ultralytics.md, in order, in an empty folder."""
+    page = (Path(__file__).parent.parent / "docs/ultralytics.md").read_text()
+    (folder / "tutorial").mkdir()
+    monkeypatch.chdir(folder / "tutorial")
+    monkeypatch.setattr(ultralytics.nn.tasks, "CoordAtt", ultralytics.nn.tasks.CoordAtt)
+    space = {"__name__": "__main__"}
+    monkeypatch.setattr(sys.modules["__main__"], "CoordAtt", None, raising=False)
+    code = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    assert len(code) == 5
+    for block in code:
+        exec(compile(block, "docs/ultralytics.md", "exec"), space)
+    assert len(blocks(space["best"].model, CoordAtt)) == 2
+    assert space["total"][-1] < 0.8 * space["total"][0], space["total"]
+    assert len(space["boxes_found"]) == 1 and len(blocks(space["own"].model, Accelerated)) == 2
 
 
 def test_a_name_of_theirs_is_refused():
