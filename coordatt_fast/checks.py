@@ -44,7 +44,11 @@ def epsilon(eps: float, batch: bool) -> None:
 
 
 def _has_no_memory(t: Tensor) -> bool:
-    return t.layout is torch.strided and (t.is_cpu or t.is_cuda) and t.numel() > 0 and t.data_ptr() == 0
+    """Whether its storage was resized to nothing."""
+    try:
+        return (t.is_cpu or t.is_cuda) and t.numel() > 0 and t.data_ptr() == 0
+    except RuntimeError:  # a wrapped tensor, or one of another layout
+        return False
 
 
 def parameters(x: Tensor, tensors: tuple, names: tuple, autocast: bool, broadcast: bool = False) -> None:
