@@ -33,7 +33,7 @@ TORCH_TARGET = (
     "0x020b000000000000ULL"  # 2.11, the oldest torch whose stable ABI has all that library.cpp uses
 )
 
-WARNINGS = ["-Wall", "-Wextra"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror=switch"]
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden"]
 KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
@@ -345,7 +345,8 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> dict[str, list[
         "-lc10",
     ]
     if tools.cuda:
-        link += [f"-L{tools.cuda.folder()}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        link += [f"-L{tools.cuda.folder()}", "-lcudart_static", "-ldl", "-lrt"]
+    link.append("-lpthread")
     sanitize = [flag for flag in mode()[1] if flag.startswith("-fsanitize")]
     link += sanitize or ["-Wl,-z,defs"]
     lines.append(f"build {escape(str(output))}: link {' '.join(objects)}\n  flags = {flags(link)}")

@@ -36,30 +36,50 @@ def output(out: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"out is {have}, expected as x: {list(x.shape)}, {x.dtype} on {x.device}")
 
 
+def epsilon(eps: float, batch: bool) -> None:
+    """Raises ValueError for an eps below zero or, under batch statistics, of zero, as F.batch_norm does."""
+    if eps < 0 or (batch and eps == 0):
+        wanted = "a positive number under batch statistics" if batch else "zero or a positive number"
+        raise ValueError(f"eps of the normalisation is {eps}, expected {wanted}")
+
+
+def _has_no_memory(t: Tensor) -> bool:
+    """Whether its storage was resized to nothing."""
+    try:
+        return (t.is_cpu or t.is_cuda) and t.numel() > 0 and t.data_ptr() == 0
+    except RuntimeError:  # a wrapped tensor, or one of another layout
+        return False
+
+
 def parameters(x: Tensor, tensors: tuple, names: tuple, autocast: bool, broadcast: bool = False) -> None:
-    """Raises RuntimeError for the first of the tensors whose shape, device or dtype does not go with x.
+    """Raises RuntimeError for the first of the tensors whose shape, device or dtype does not go with x, or
+    which has no memory.
 
     tensors and names are in the order above, an absent tensor is None. Under autocast any dtypes go together;
-    with broadcast, so do gates of one channel and maps of one channel.
+    with broadcast, so do gates of one channel and maps of one channel. As in PyTorch the normalisation's
+    weight and bias may have their M elements in any shape.
     """
     c, size = x.shape[1], list(x.shape)
     w1, wh = tensors[0], tensors[6]
     if w1.dim() == 4 and w1.shape[1] != c:
         takes = f"{names[0]} {list(w1.shape)} takes {w1.shape[1]}"
         raise RuntimeError(f"x has {c} channels (shape {size}), {takes}")
-    m = w1.shape[0]
-    o = wh.shape[0] if broadcast and 1 in (c, wh.shape[0]) else c
+    m, o = (t.shape[0] if t.dim() else 0 for t in (w1, wh))
+    o = o if broadcast and 1 in (c, o) else c
     shapes = [[m, c, 1, 1], [m], [m], [m], [m], [m], [o, m, 1, 1], [o], [o, m, 1, 1], [o]]
     half = x.dtype in (torch.bfloat16, torch.float16)
-    for name, tensor, shape in zip(names, tensors, shapes):
+    for i, (name, tensor, shape) in enumerate(zip(names, tensors, shapes)):
         if tensor is None:
             continue
-        if list(tensor.shape) != shape:
+        fits = tensor.numel() == m if i in (2, 3) else list(tensor.shape) == shape
+        if not fits:
             raise RuntimeError(
                 f"{name} has shape {list(tensor.shape)}, expected {shape} for x of shape {size}"
             )
         if tensor.device != x.device:
             raise RuntimeError(f"{name} is on {tensor.device}, x is on {x.device}: move one of them")
+        if _has_no_memory(tensor):
+            raise RuntimeError(f"{name} has {tensor.numel()} elements, but its storage is empty")
         wide = half and len(shape) == 1 and tensor.dtype == torch.float32
         if not (autocast or wide or tensor.dtype == x.dtype):
             wanted = "convert one of them, or call under torch.autocast for x in half precision"

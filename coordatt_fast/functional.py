@@ -45,8 +45,9 @@ def coord_att(
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
     out: takes the result, in x's shape and dtype; RuntimeError when a gradient is recorded.
 
-    Raises ValueError for an x that is not four-dimensional, an unknown activation, or inplace with out,
-    RuntimeError for parameters of other channels, dtype or device than x.
+    Raises ValueError for an x that is not four-dimensional, an unknown activation, an eps that is negative
+    (in training: or zero), or inplace with out; RuntimeError for parameters of other shapes, dtype or device
+    than x needs.
     """
     if activation not in _CODES:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(_CODES)}")
@@ -77,6 +78,8 @@ def coord_att(
             )
         except RuntimeError:
             checks.parameters(x, tensors, checks.FUNCTIONAL_NAMES, plan.autocast(x))
+            if norm != ops.NORM_NONE:
+                checks.epsilon(eps, training)
             raise
 
     if plan.is_eager(x):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
@@ -64,6 +65,17 @@ def _find() -> Path:
     return next((path for path in installed if path.with_name("build.json").exists()), here)
 
 
+def _warn_of_settings() -> None:
+    """Names the variables whose values csrc/cpu/environment.cpp takes for unset."""
+    for name, pattern, wanted in (
+        ("COORDATT_FAST_KEEP_MB", "[0-9]+", "a whole number of megabytes"),
+        ("COORDATT_FAST_POISON", "[01]", "0 or 1"),
+    ):
+        value = os.environ.get(name)
+        if value and not re.fullmatch(pattern, value):
+            log.warning("%s=%s has no effect: expected %s", name, value, wanted)
+
+
 @functools.cache
 def load() -> Library:
     """Loads the library once per process. Never raises: what went wrong is in the reason."""
@@ -89,6 +101,7 @@ def load() -> Library:
         reason = f"{path} does not load ({_mismatch(build)}): {error.__cause__ or error}"
         log.warning("coordatt_fast runs in plain PyTorch: %s", reason)
         return Library(False, path, reason, build)
+    _warn_of_settings()
     if level := os.environ.get("COORDATT_FAST_SIMD"):
         try:
             torch.ops.coordatt_fast.set_simd_level(level)

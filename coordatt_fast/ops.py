@@ -168,6 +168,13 @@ def _attend_into(ops, out, x, weights, activation, skip):
 
 def _train(ops, x, weights, norm, activation, skip, tracked, momentum, update):
     """attend_train's six results, the running statistics moved."""
+    if update and tracked is not None and not _countable(tracked, x):
+        seen = tracked.clone().add_(1)
+        if momentum is None:
+            momentum = 1 / float(seen)
+        results = _train(ops, x, weights, norm, activation, skip, None, momentum, update)
+        tracked.copy_(seen)
+        return results
     mean, var = weights[4:6]
     if norm == NORM_BATCH:
         weights = (*weights[:4], None, None, *weights[6:])
@@ -177,6 +184,11 @@ def _train(ops, x, weights, norm, activation, skip, tracked, momentum, update):
     if update:
         ops.update(mean, var, tracked, results[2], results[4], results[5], momentum)
     return results
+
+
+def _countable(tracked, x):
+    """Whether the kernels can count in tracked; PyTorch does so in any dtype and on any device."""
+    return tracked.dtype is torch.int64 and tracked.device == x.device and tracked.numel() == 1
 
 
 class _Attend(Function):
@@ -365,16 +377,26 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _map_like(x):
-    """As the kernels lay out a result: channels_last where x's channels are dense, else contiguous."""
+def _map_like(x, channels_last=None):
+    """As the kernels lay out a gradient of x: channels_last where x's channels are dense, else contiguous."""
     n, c, h, w = x.shape
-    channels_last = c > 1 and x.stride(1) == 1
-    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    if channels_last is None:
+        channels_last = c > 1 and x.stride(1) == 1
+    last = channels_last and h * w != 1
+    strides = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
     return x.new_empty_strided((n, c, h, w), strides)
 
 
+def _made_of(x, skip):
+    """As the kernels lay out the result: makes_nhwc of csrc/bindings.h."""
+    _, c, h, w = x.shape
+    if c != 1:
+        return _map_like(x)
+    return _map_like(x, x.stride(1) == 1 and w > 1 and not (x.is_contiguous() and (skip or h == 1)))
+
+
 def _fake_attend(x, *parameters):
-    return _map_like(x)
+    return _made_of(x, skip=parameters[-1])
 
 
 def _fake_attend_out(x, *parameters, out):
@@ -382,10 +404,11 @@ def _fake_attend_out(x, *parameters, out):
 
 
 def _fake_attend_train(x, w1, *parameters):
+    skip = parameters[12]
     n, c, h, w = x.shape
     m, rows = w1.shape[0], n * (h + w)
     kept = ((rows, c), (rows, m), (rows, c), (m,), (m,))
-    return (_map_like(x), *(x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for shape in kept))
+    return (_made_of(x, skip), *(x.new_empty(shape, dtype=accumulate_dtype(x.dtype)) for shape in kept))
 
 
 def _fake_attend_backward(
@@ -410,6 +433,23 @@ def _fake_gate_backward(grad, x, s_h, s_w, skip):
     return _map_like(x), ds_h, s_w.new_empty_strided((n, c, 1, w), (w * c, 1, w * c, c))
 
 
+def _checked(op, fake):
+    """fake for tensors on one device; RuntimeError for others, and so for all calls that reach it with meta
+    tensors beside real ones: the dispatcher goes by the meta ones, and nothing would be computed."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def call(*args, **kwargs):
+        first = None
+        for name, t in (*zip(names, args), *kwargs.items()):
+            if isinstance(t, Tensor):
+                first = first or (name, t.device)
+                if t.device != first[1]:
+                    raise RuntimeError(f"{name} is on {t.device}, {first[0]} on {first[1]}: move one of them")
+        return fake(*args, **kwargs)
+
+    return call
+
+
 def _convolution_flops(x_shape, w1_shape, *args, out_shape=None, **kwargs) -> int:
     """What FlopCounterMode counts for conv1, conv_h and conv_w."""
     n, c, h, w = x_shape
@@ -432,11 +472,11 @@ def _register(ops: _Operators) -> None:
         ops.update: lambda *args: None,
         ops.pool: _fake_pool,
         ops.pool_backward: lambda grad, x: _map_like(x),
-        ops.gate: lambda x, *args: _map_like(x),
+        ops.gate: lambda x, s_h, s_w, skip: _made_of(x, skip),
         ops.gate_backward: _fake_gate_backward,
     }
     for op, fake in fakes.items():
-        torch.library.register_fake(op, fake)
+        torch.library.register_fake(op, _checked(op, fake))
     for op, backward, keep in (
         (ops.train, _registered_gradients, _keep_registered),
         (ops.pool, _pool_gradient, _keep_for_pool_backward),

@@ -207,6 +207,8 @@ def check_plain(children: dict, x: Tensor) -> None:
         gates = conv_h.weight, conv_h.bias, conv_w.weight, conv_w.bias
         tensors = (conv1.weight, conv1.bias, *bn, *gates)
         checks.parameters(x, tensors, checks.MODULE_NAMES, autocast(x), broadcast=True)
+        if type(bn1) is BatchNorm2d:
+            checks.epsilon(bn1.eps, bn1.training or bn1.running_mean is None)
 
 
 def is_eager(x) -> bool:

@@ -57,15 +57,22 @@ inline Tensor empty2(const Tensor& like, int64_t rows, int64_t columns, ScalarTy
 // channels_last, by the strides: channels dense. A map of one channel counts as nchw.
 inline bool is_nhwc(const Tensor& t) { return t.size(1) > 1 && t.stride(1) == 1; }
 
-// The strides of a fresh map.
+// The strides of a fresh map. Where they say the same of memory, sizes of one are given PyTorch's: one pixel is nchw.
 struct MapStrides {
   int64_t of[4];
   MapStrides(const Tensor& like, bool nhwc) {
     int64_t c = like.size(1), h = like.size(2), w = like.size(3);
     int64_t dense[4] = {c * h * w, h * w, w, 1}, last[4] = {h * w * c, 1, w * c, c};
-    for (int d = 0; d < 4; ++d) of[d] = nhwc ? last[d] : dense[d];
+    for (int d = 0; d < 4; ++d) of[d] = nhwc && h * w != 1 ? last[d] : dense[d];
   }
 };
+
+// Whether what the gate makes of x has channels_last strides. Of one channel both are dense, and PyTorch's product keeps
+// x's, but its sum with an x that counts as contiguous does not.
+inline bool makes_nhwc(const Tensor& x, bool skip) {
+  if (x.size(1) != 1) return is_nhwc(x);
+  return x.stride(1) == 1 && x.size(3) > 1 && !(x.is_contiguous() && (skip || x.size(2) == 1));
+}
 
 // Whether kernels can walk it as it is: dense planes (nchw), or dense channels of evenly spaced pixels (nhwc).
 inline bool has_dense_planes(const Tensor& t, bool nhwc) {
@@ -75,13 +82,30 @@ inline bool has_dense_planes(const Tensor& t, bool nhwc) {
   return (c == 1 || t.stride(1) == 1) && (w == 1 || h == 1 || t.stride(2) == w * step);
 }
 
+// Where its elements are. A tensor whose storage was resized to nothing has elements and no memory.
+inline void* data_of(const Tensor& t, const char* name) {
+  void* data = t.mutable_data_ptr();
+  CHECK(data || t.numel() == 0, name, " has ", t.numel(), " elements, but its storage is empty");
+  return data;
+}
+
 inline void check_map(const Tensor& t, const char* name) {
   CHECK(t.dim() == 4, name, " must be [N, C, H, W], got ", t.dim(), " dimensions");
   dtype_of(t, name);
+  data_of(t, name);
 }
 
 inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
-  CHECK(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, " must be on x's device");
+  int32_t kind, wanted;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &kind));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &wanted));
+  CHECK(kind == wanted && t.get_device_index() == x.get_device_index(), name, " must be on x's device");
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t size : t.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
 }
 
 inline void check_like(const Tensor& t, const Tensor& x, const char* name) {
@@ -96,33 +120,53 @@ inline Map map_of(const Tensor& t, bool nhwc) {
   Map m;
   m.data = t.mutable_data_ptr();
   m.image = t.stride(0);
-  m.step = !nhwc ? t.stride(1) : t.size(3) > 1 ? t.stride(3) : t.stride(2);
+  m.step = !nhwc ? t.stride(1) : t.size(3) > 1 ? t.stride(3) : t.size(2) > 1 ? t.stride(2) : t.size(1);
   return m;
 }
 
-// Parameters, dense and kept alive for the call.
+// Parameters, dense and kept alive for the call. A null one stays null.
 class Parameters {
  public:
   explicit Parameters(const Tensor& x) : x_(x) {}
-  Param take(const Tensor& t, int64_t count, const char* name) {
+
+  // The weight of a 1x1 convolution: [rows, columns, 1, 1].
+  Param matrix(const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+    auto size = t.sizes();
+    CHECK(size.size() == 4 && size[0] == rows && size[1] == columns && size[2] == 1 && size[3] == 1, name, " has shape ",
+          shape_of(t), ", expected [", rows, ", ", columns, ", 1, 1]");
+    return take(t, name);
+  }
+
+  Param vector(const MaybeTensor& t, int64_t count, const char* name) {
+    if (!t) return {};
+    auto size = t->sizes();
+    CHECK(size.size() == 1 && size[0] == count, name, " has shape ", shape_of(*t), ", expected [", count, "]");
+    return take(*t, name);
+  }
+
+  // So many numbers of any shape, as PyTorch takes a normalisation's weight and bias.
+  Param numbers(const MaybeTensor& t, int64_t count, const char* name) {
+    if (!t) return {};
+    CHECK(t->numel() == count, name, " has shape ", shape_of(*t), ", expected [", count, "]");
+    return take(*t, name);
+  }
+
+ private:
+  Param take(const Tensor& t, const char* name) {
     Param p;
     p.dtype = dtype_of(t, name);
     check_device(t, x_, name);
-    CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
     CHECK(t.scalar_type() == x_.scalar_type() || t.scalar_type() == acc_of(x_), name,
           " must have x's dtype, or float32 beside half-precision x");
+    p.data = data_of(t, name);
     if (!t.is_contiguous()) {
       CHECK(copies_ < 10, "too many non-contiguous parameters");
       kept_[copies_] = torch::stable::contiguous(t);
       p.data = kept_[copies_++]->mutable_data_ptr();
-    } else {
-      p.data = t.mutable_data_ptr();
     }
     return p;
   }
-  Param take(const MaybeTensor& t, int64_t count, const char* name) { return t ? take(*t, count, name) : Param{}; }
 
- private:
   const Tensor& x_;
   MaybeTensor kept_[10];
   int copies_ = 0;
@@ -131,7 +175,7 @@ class Parameters {
 inline Call call_of(const Tensor& x, int64_t norm, int64_t activation, bool skip) {
   check_map(x, "x");
   CHECK(norm >= 0 && norm <= 2, "norm must be 0, 1 or 2, got ", norm);
-  CHECK(activation >= 0 && activation <= 3, "activation must be 0 to 3, got ", activation);
+  CHECK(activation >= 0 && activation < activations, "activation must be 0 to ", activations - 1, ", got ", activation);
   Call call;
   call.shape = {x.size(0), x.size(1), x.size(2), x.size(3), 0};
   call.dtype = dtype_of(x, "x");
@@ -156,19 +200,21 @@ inline void set_params(Call& call, const ForwardTensors& t, Parameters& params) 
   int64_t m = call.shape.m = t.conv1_weight.size(0), c = call.shape.c;
   CHECK(m >= 1, "conv1_weight must have at least one output channel");
   Params& p = call.params;
-  p.conv1_weight = params.take(t.conv1_weight, m * c, "conv1_weight");
-  p.conv1_bias = params.take(t.conv1_bias, m, "conv1_bias");
-  p.bn_weight = params.take(t.bn_weight, m, "bn_weight");
-  p.bn_bias = params.take(t.bn_bias, m, "bn_bias");
+  p.conv1_weight = params.matrix(t.conv1_weight, m, c, "conv1_weight");
+  p.conv1_bias = params.vector(t.conv1_bias, m, "conv1_bias");
+  p.bn_weight = params.numbers(t.bn_weight, m, "bn_weight");
+  p.bn_bias = params.numbers(t.bn_bias, m, "bn_bias");
   if (call.norm == Norm::given) {
     CHECK(t.bn_mean.has_value() && t.bn_var.has_value(), "norm 1 needs bn_mean and bn_var");
-    p.mean = params.take(t.bn_mean, m, "bn_mean");
-    p.var = params.take(t.bn_var, m, "bn_var");
+    p.mean = params.vector(t.bn_mean, m, "bn_mean");
+    p.var = params.vector(t.bn_var, m, "bn_var");
   }
-  p.conv_h_weight = params.take(t.conv_h_weight, c * m, "conv_h_weight");
-  p.conv_h_bias = params.take(t.conv_h_bias, c, "conv_h_bias");
-  p.conv_w_weight = params.take(t.conv_w_weight, c * m, "conv_w_weight");
-  p.conv_w_bias = params.take(t.conv_w_bias, c, "conv_w_bias");
+  CHECK(!(t.eps < 0 && call.norm != Norm::none) && !(t.eps == 0 && call.norm == Norm::batch), "eps is ", t.eps,
+        ", expected a positive number, or zero beside given statistics");
+  p.conv_h_weight = params.matrix(t.conv_h_weight, c, m, "conv_h_weight");
+  p.conv_h_bias = params.vector(t.conv_h_bias, c, "conv_h_bias");
+  p.conv_w_weight = params.matrix(t.conv_w_weight, c, m, "conv_w_weight");
+  p.conv_w_bias = params.vector(t.conv_w_bias, c, "conv_w_bias");
   p.eps = t.eps;
 }
 
@@ -179,15 +225,15 @@ inline RunningStatistics running_of(const MaybeTensor& running_mean, const Maybe
   if (tracked) {
     check_device(*tracked, mean, "num_batches_tracked");
     CHECK(tracked->scalar_type() == ScalarType::Long && tracked->numel() == 1, "num_batches_tracked must be one int64 number");
-    r.tracked = (int64_t*)tracked->mutable_data_ptr();
+    r.tracked = (int64_t*)data_of(*tracked, "num_batches_tracked");
   }
   r.momentum = momentum ? *momentum : 0;
   r.cumulative = !momentum && tracked;
   auto take = [&](const MaybeTensor& t, Param& p, int64_t& step, const char* name) {
     if (!t) return;
     check_device(*t, mean, name);
-    CHECK(t->dim() == 1 && t->numel() == mean.numel(), name, " must be [M]");
-    p = {t->mutable_data_ptr(), dtype_of(*t, name)};
+    CHECK(t->dim() == 1 && t->numel() == mean.numel(), name, " has shape ", shape_of(*t), ", expected [", mean.numel(), "]");
+    p = {data_of(*t, name), dtype_of(*t, name)};
     step = t->stride(0);
     bool is_wide = (mean.scalar_type() == ScalarType::Double) == (p.dtype == DType::f64);
     bool is_half = p.dtype == DType::bf16 || p.dtype == DType::f16;
@@ -232,7 +278,7 @@ template <class Backend> struct Fused {
     Parameters params(x);
     set_params(args, tensors, params);
     Tensor in = native(x, args.nhwc);
-    Tensor out = given_out ? *given_out : Backend::empty_map(x, args.nhwc);
+    Tensor out = given_out ? *given_out : Backend::empty_map(x, makes_nhwc(x, skip));
     args.x = map_of(in, args.nhwc);
     args.out = map_of(out, args.nhwc);
     Backend::forward(args, RunningStatistics{}, x);
@@ -274,7 +320,7 @@ template <class Backend> struct Fused {
     set_params(args, FORWARD_TENSORS, params);
     const Shape& s = args.shape;
     ScalarType acc = acc_of(x);
-    Tensor in = native(x, args.nhwc), out = Backend::empty_map(x, args.nhwc);
+    Tensor in = native(x, args.nhwc), out = Backend::empty_map(x, makes_nhwc(x, skip));
     Tensor pooled = empty2(x, s.rows(), s.c, acc), squeezed = empty2(x, s.rows(), s.m, acc);
     Tensor gates = empty2(x, s.rows(), s.c, acc), mean = empty1(x, s.m, acc), var = empty1(x, s.m, acc);
     RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, args.dtype);
@@ -307,17 +353,17 @@ template <class Backend> struct Fused {
     auto check_saved = [&](const Tensor& t, int64_t count, const char* name) {
       check_device(t, x, name);
       CHECK(t.scalar_type() == acc && t.is_contiguous() && t.numel() == count, name, " is not what the forward pass saved");
-      return t.mutable_data_ptr();
+      return data_of(t, name);
     };
     args.saved = {check_saved(pooled, s.rows() * s.c, "pooled"), check_saved(squeezed, s.rows() * s.m, "squeezed"),
                   check_saved(gates, s.rows() * s.c, "gates"), check_saved(mean, s.m, "mean"), check_saved(var, s.m, "var")};
     Parameters params(x);
     Params& p = args.params;
-    p.conv1_weight = params.take(conv1_weight, s.m * s.c, "conv1_weight");
-    p.bn_weight = params.take(bn_weight, s.m, "bn_weight");
-    p.bn_bias = params.take(bn_bias, s.m, "bn_bias");
-    p.conv_h_weight = params.take(conv_h_weight, s.c * s.m, "conv_h_weight");
-    p.conv_w_weight = params.take(conv_w_weight, s.c * s.m, "conv_w_weight");
+    p.conv1_weight = params.matrix(conv1_weight, s.m, s.c, "conv1_weight");
+    p.bn_weight = params.vector(bn_weight, s.m, "bn_weight");
+    p.bn_bias = params.numbers(bn_bias, s.m, "bn_bias");
+    p.conv_h_weight = params.matrix(conv_h_weight, s.c, s.m, "conv_h_weight");
+    p.conv_w_weight = params.matrix(conv_w_weight, s.c, s.m, "conv_w_weight");
     p.eps = eps;
     Tensor in = native(x, args.nhwc), g = native(grad, args.nhwc);
     args.x = map_of(in, args.nhwc);
@@ -354,6 +400,16 @@ template <class Backend> struct Fused {
   static void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var,
                                    const MaybeTensor& num_batches_tracked, const Tensor& squeezed, const Tensor& mean,
                                    const Tensor& var, std::optional<double> momentum) {
+    check_device(squeezed, mean, "squeezed");
+    CHECK(squeezed.dim() == 2, "squeezed must be [R, M]");
+    for (const Tensor* t : {&mean, &var}) {
+      const char* name = t == &mean ? "mean" : "var";
+      check_device(*t, mean, name);
+      CHECK(t->scalar_type() == acc_of(*t) && t->scalar_type() == mean.scalar_type() && t->is_contiguous() &&
+                t->numel() == squeezed.size(1),
+            name, " is not what the forward pass saved");
+      data_of(*t, name);
+    }
     RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, std::nullopt);
     Backend::update(running, mean, var, squeezed.size(0));
   }

@@ -7,6 +7,7 @@ namespace coordatt {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Activation : int { hard_swish = 0, silu = 1, relu = 2, relu6 = 3 };
+constexpr int activations = 4;
 enum class Norm : int { none = 0, given = 1, batch = 2 };
 
 // The feature map's sizes; M is the width of the squeezed middle.

@@ -77,7 +77,7 @@ def _layout_of(shape, strides, nhwc: bool | None = None) -> Layout:
     """The layout of these strides; nhwc None: to be read off them, one channel counting as nchw."""
     _, c, h, w = shape
     _, sc, sh, sw = strides
-    pixel = sw if w > 1 else sh
+    pixel = sw if w > 1 else sh if h > 1 else c
     nhwc = c > 1 and sc == 1 if nhwc is None else nhwc
     if nhwc:
         native = (c == 1 or sc == 1) and (w == 1 or h == 1 or sh == w * pixel)
@@ -85,12 +85,15 @@ def _layout_of(shape, strides, nhwc: bool | None = None) -> Layout:
     else:
         native = (w == 1 or sw == 1) and (h == 1 or sh == w)
         steps, fresh = (sc, 1), (c * h * w, h * w, w, 1)
+    if h * w == 1:
+        fresh = (c, 1, 1, 1)  # both, but PyTorch's strides
     wide = sum((size - 1) * stride for size, stride in zip(shape[1:], strides[1:])) >= WIDE_FROM
     return Layout(nhwc, native, steps, wide, fresh)
 
 
 def _native(t: Tensor, nhwc: bool | None = None) -> tuple[Tensor, Layout]:
     """t, or a copy of it that the kernels can walk."""
+    _check_memory(t, "a map")
     layout = _layout_of(t.shape, t.stride(), nhwc)
     if layout.native:
         return t, layout
@@ -98,10 +101,25 @@ def _native(t: Tensor, nhwc: bool | None = None) -> tuple[Tensor, Layout]:
     return copy, _layout_of(copy.shape, layout.strides, layout.nhwc)
 
 
-def _fresh(x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+def _fresh(x: Tensor, layout: Layout, strides=None) -> tuple[Tensor, Layout]:
     """A new map of x's shape, dtype and layout."""
-    made = x.new_empty_strided(x.shape, layout.strides)
-    return made, _layout_of(made.shape, layout.strides, layout.nhwc)
+    strides = strides or layout.strides
+    made = x.new_empty_strided(x.shape, strides)
+    return made, _layout_of(made.shape, strides, layout.nhwc)
+
+
+def _made_of(x: Tensor, layout: Layout, skip: bool) -> tuple[Tensor, Layout]:
+    """A new map for what the gate makes of x: makes_nhwc of csrc/bindings.h."""
+    _, c, h, w = x.shape
+    if c == 1 and x.stride(1) == 1 and w > 1 and not (x.is_contiguous() and (skip or h == 1)):
+        return _fresh(x, layout, (h * w, 1, w, 1))
+    return _fresh(x, layout)
+
+
+def _check_memory(t: Tensor, name: str) -> None:
+    """A tensor whose storage was resized to nothing has elements and no memory."""
+    if t.data_ptr() == 0 and t.numel() and not t.is_meta:
+        raise RuntimeError(f"coordatt_fast: {name} has {t.numel()} elements, but its storage is empty")
 
 
 def _check_map(t: Tensor, x: Tensor, name: str) -> None:
@@ -112,29 +130,45 @@ def _check_map(t: Tensor, x: Tensor, name: str) -> None:
         )
 
 
-def _dense(t: Tensor | None, count: int, dtype, device, name: str) -> Tensor | None:
-    """A parameter as the kernels take it: dense, on x's device, of x's dtype or float32 beside half x."""
+def _dense(t: Tensor | None, shape: tuple | int, dtype, device, name: str) -> Tensor | None:
+    """A parameter as the kernels take it: dense, on x's device, of x's dtype or float32 beside half x.
+
+    shape: or a number of elements, in any shape, as PyTorch takes a normalisation's weight and bias.
+    """
     if t is None:
         return None
-    if t.numel() != count or t.device != device:
-        where = f"{t.numel()} elements on {t.device}"
-        raise RuntimeError(f"coordatt_fast: {name} has {where}, expected {count} on {device}")
+    if (t.numel() if type(shape) is int else t.shape) != shape or t.device != device:
+        have = f"{name} has shape {list(t.shape)} on {t.device}"
+        raise RuntimeError(f"coordatt_fast: {have}, expected {shape} on {device}")
     if t.dtype is not dtype and (t.dtype is not torch.float32 or dtype is torch.float64):
         raise RuntimeError(f"coordatt_fast: {name} must have x's dtype, or float32 beside half-precision x")
+    _check_memory(t, name)
     return t if t.is_contiguous() else t.contiguous()
+
+
+def _width(w1: Tensor) -> int:
+    """M."""
+    if w1.dim() != 4 or not w1.shape[0]:
+        raise RuntimeError(f"coordatt_fast: conv1_weight has shape {list(w1.shape)}, expected [M, C, 1, 1]")
+    return w1.shape[0]
 
 
 def _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw):
     c, dtype, device = x.shape[1], x.dtype, x.device
-    if w1.dim() != 4 or m < 1:
-        raise RuntimeError("coordatt_fast: conv1_weight must be [M, C, 1, 1]")
+    first, last = (m, c, 1, 1), (c, m, 1, 1)
     return (
-        _dense(w1, m * c, dtype, device, "conv1_weight"), _dense(b1, m, dtype, device, "conv1_bias"),
+        _dense(w1, first, dtype, device, "conv1_weight"), _dense(b1, (m,), dtype, device, "conv1_bias"),
         _dense(gamma, m, dtype, device, "bn_weight"), _dense(beta, m, dtype, device, "bn_bias"),
-        _dense(mean, m, dtype, device, "bn_mean"), _dense(var, m, dtype, device, "bn_var"),
-        _dense(wh, m * c, dtype, device, "conv_h_weight"), _dense(bh, c, dtype, device, "conv_h_bias"),
-        _dense(ww, m * c, dtype, device, "conv_w_weight"), _dense(bw, c, dtype, device, "conv_w_bias"),
+        _dense(mean, (m,), dtype, device, "bn_mean"), _dense(var, (m,), dtype, device, "bn_var"),
+        _dense(wh, last, dtype, device, "conv_h_weight"), _dense(bh, (c,), dtype, device, "conv_h_bias"),
+        _dense(ww, last, dtype, device, "conv_w_weight"), _dense(bw, (c,), dtype, device, "conv_w_bias"),
     )  # fmt: skip
+
+
+def _check_eps(eps: float, norm: int) -> None:
+    if (eps < 0 and norm != NONE) or (eps == 0 and norm == BATCH):
+        wanted = "a positive number, or zero beside given statistics"
+        raise RuntimeError(f"coordatt_fast: eps is {eps}, expected {wanted}")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -221,18 +255,19 @@ def _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
     if (mean is None) != (var is None):
         raise RuntimeError("coordatt_fast: bn_mean and bn_var go together")
     n, c, h, w = x.shape
-    m, rows = w1.shape[0], n * (h + w)
+    m, rows = _width(w1), n * (h + w)
     parameters = _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
     w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = parameters
     xn, layout = _native(x)
-    out, out_layout = _fresh(x, layout) if out is None else _native(out, layout.nhwc)
+    out, out_layout = _made_of(x, layout, skip) if out is None else _native(out, layout.nhwc)
+    norm = NONE if mean is None else GIVEN
+    _check_eps(eps, norm)
     if x.numel() == 0:
         return out
     _, blocks, k = _constants(x, m, layout, out_layout)
     acc = accumulate_dtype(x.dtype)
     small = x.new_empty(rows * c, dtype=acc)  # the means, then the gates
     partial = x.new_empty(rows * blocks * m, dtype=acc)
-    norm = NONE if mean is None else GIVEN
     constants = k["gate"].plus(
         BLOCKS=blocks, SIZE=1, TRAIN=False, UPDATE=False, NORM=norm, ACT=activation, SKIP=skip
     )
@@ -261,15 +296,16 @@ def attend_train_update(
     if norm != GIVEN:
         mean = var = None
     n, c, h, w = x.shape
-    m, rows, acc = w1.shape[0], n * (h + w), accumulate_dtype(x.dtype)
+    m, rows, acc = _width(w1), n * (h + w), accumulate_dtype(x.dtype)
     parameters = _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
     w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = parameters
     means, squeezed, gates = (x.new_empty(size, dtype=acc) for size in ((rows, c), (rows, m), (rows, c)))
     saved_mean, saved_var = x.new_empty(m, dtype=acc), x.new_empty(m, dtype=acc)
     running = (running_mean, running_var, num_batches_tracked)
     update = any(t is not None for t in running)
+    _check_eps(eps, norm)
     xn, layout = _native(x)
-    out, out_layout = _fresh(x, layout)
+    out, out_layout = _made_of(x, layout, skip)
     if update and norm != BATCH:
         raise RuntimeError("coordatt_fast: running statistics move under batch statistics (norm 2) only")
     if x.numel() == 0:
@@ -303,11 +339,14 @@ def _check_running(running_mean, running_var, num_batches_tracked, mean, momentu
     if num_batches_tracked is not None:
         if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.device != mean.device:
             raise RuntimeError("coordatt_fast: num_batches_tracked must be int64 on x's device")
+        _check_memory(num_batches_tracked, "num_batches_tracked")
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
         if t is None:
             continue
-        if t.dim() != 1 or t.numel() != mean.numel() or t.device != mean.device:
-            raise RuntimeError(f"coordatt_fast: {name} must be [M] on x's device")
+        if t.shape != mean.shape or t.device != mean.device:
+            have = f"{name} has shape {list(t.shape)} on {t.device}"
+            raise RuntimeError(f"coordatt_fast: {have}, expected {list(mean.shape)} on {mean.device}")
+        _check_memory(t, name)
         if (t.dtype == torch.float64) != (mean.dtype == torch.float64):
             raise RuntimeError(
                 f"coordatt_fast: {name} must have x's dtype, or float32 beside half-precision x"
@@ -317,12 +356,20 @@ def _check_running(running_mean, running_var, num_batches_tracked, mean, momentu
 
 
 def update_running_stats(running_mean, running_var, num_batches_tracked, squeezed, mean, var, momentum):
-    rows, m = squeezed.shape[0], mean.numel()
+    rows, m = squeezed.shape
+    for name, t in (("mean", mean), ("var", var)):
+        _check_saved(t, m, accumulate_dtype(mean.dtype), squeezed.device, name)
     running = (running_mean, running_var, num_batches_tracked)
     cumulative, momentum, *steps = _check_running(*running, mean, momentum)
     constants = _update_constants(m, cumulative, mean.dtype, mean.device)
     with _on(mean):
         _run(mix.update_kernel, 1, (*running, mean, var, rows, momentum, *steps), constants)
+
+
+def _check_saved(t: Tensor, count: int, dtype, device, name: str) -> None:
+    if t.dtype != dtype or t.numel() != count or t.device != device or not t.is_contiguous():
+        raise RuntimeError(f"coordatt_fast: {name} is not what the forward pass saved")
+    _check_memory(t, name)
 
 
 @functools.lru_cache(maxsize=512)
@@ -338,13 +385,14 @@ def attend_backward(
 ):
     n, c, h, w = x.shape
     _check_map(grad, x, "grad")
-    m, rows, acc = w1.shape[0], n * (h + w), accumulate_dtype(x.dtype)
+    m, rows, acc = _width(w1), n * (h + w), accumulate_dtype(x.dtype)
     for name, t, count in (
         ("pooled", pooled, rows * c), ("squeezed", squeezed, rows * m), ("gates", gates, rows * c),
         ("mean", mean, m), ("var", var, m),
     ):  # fmt: skip
-        if t.dtype != acc or t.numel() != count or t.device != x.device or not t.is_contiguous():
-            raise RuntimeError(f"coordatt_fast: {name} is not what the forward pass saved")
+        _check_saved(t, count, acc, x.device, name)
+    if gamma is not None and gamma.dim() != 1:
+        raise RuntimeError(f"coordatt_fast: bn_weight has shape {list(gamma.shape)}, expected [{m}]")
     xn, layout = _native(x)
     g, g_layout = _native(grad, layout.nhwc)
     bn = w1 if gamma is None else gamma
@@ -431,8 +479,9 @@ def _as(t, dtype, size, strides):
 
 def pool_backward(grad, x):
     n, c, h, w = x.shape
-    if tuple(grad.shape) != (n, c, h + w, 1):
-        raise RuntimeError("coordatt_fast: grad must be [N, C, H + W, 1]")
+    if tuple(grad.shape) != (n, c, h + w, 1) or grad.device != x.device:
+        raise RuntimeError("coordatt_fast: grad must be [N, C, H + W, 1] on x's device")
+    _check_memory(grad, "grad")
     dx, layout = _fresh(x, _layout_of(x.shape, x.stride()))
     if x.numel():
         _, blocks, k = _constants(x, 1, layout, layout)
@@ -451,6 +500,8 @@ def _logits(x, s_h, s_w):
         raise RuntimeError("coordatt_fast: s_h and s_w must be on x's device")
     if any((s.dtype == torch.float64) != (x.dtype == torch.float64) for s in (s_h, s_w)):
         raise RuntimeError("coordatt_fast: logits must be float64 exactly where x is")
+    _check_memory(s_h, "s_h")
+    _check_memory(s_w, "s_w")
     return (*s_h.stride()[:3], *s_w.stride()[:2], s_w.stride(3))
 
 
@@ -458,7 +509,7 @@ def gate(x, s_h, s_w, skip):
     n, c, h, w = x.shape
     strides = _logits(x, s_h, s_w)
     xn, layout = _native(x)
-    out, out_layout = _fresh(x, layout)
+    out, out_layout = _made_of(x, layout, skip)
     if x.numel():
         _, blocks, k = _constants(x, 1, layout, out_layout)
         gates = x.new_empty(n * (h + w) * c, dtype=accumulate_dtype(x.dtype))

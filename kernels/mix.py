@@ -82,22 +82,26 @@ def activate(u, ACT: tl.constexpr):
     elif ACT == 2:
         y = tl.where(u < 0.0, 0.0, u)
     else:
+        tl.static_assert(ACT == 3, "no such activation")
         y = clamp6(u)
     return y
 
 
 @triton.jit
 def activate_backward(u, dy, ACT: tl.constexpr):
+    """dy times the slope. Where that is zero by a comparison the result is selected, as in PyTorch's kernels:
+    NaN or infinity times zero would be NaN."""
     if ACT == 0:
-        slope = tl.where(u <= -3.0, 0.0, u / 6.0)
-        slope = tl.where(u >= 3.0, 0.0, slope)
+        slope = tl.where(u >= 3.0, 0.0, u / 6.0)
         du = dy * (slope + clamp6(u + 3.0) / 6.0)
+        du = tl.where(u <= -3.0, 0.0, du)
     elif ACT == 1:
         s = sigmoid(u)
         du = dy * (s * (1.0 + u * (1.0 - s)))
     elif ACT == 2:
         du = tl.where(u <= 0.0, 0.0, dy)
     else:
+        tl.static_assert(ACT == 3, "no such activation")
         du = tl.where(u <= 0.0, 0.0, dy)
         du = tl.where(u >= 6.0, 0.0, du)
     return du

@@ -3,14 +3,15 @@
 under_test(case, d, backward=True) gives the package's results on the suite's kernels, and proves that they ran.
 """
 
+import pytest
 import tolerances
 import torch
 from harness import Case, build, data, feature_map, plain, run, truth
 from paper import PaperCoordAtt
 from shapes import AWKWARD
 from test_forward import arguments
-from test_nonfinite import not_finite, same_kind
-from test_registration import fits, sample
+from test_nonfinite import not_finite, same_kind, stops_gradients
+from test_registration import CASES, fits, sample
 from torch import nn
 from torch.library import opcheck
 
@@ -92,6 +93,64 @@ def keeps_gradients_not_finite(layout, value, under_test):
                 same_kind(ours[name], theirs[name], name, {"not finite": not_finite})
 
 
+def keeps_gradients_where_the_activation_is_flat(activation, under_test):
+    for norm in ("batch", "running", "none"):
+        for value in (torch.nan, -torch.inf):
+            stops_gradients(Case((2, 5, 4, 3), 9, norm=norm, activation=activation), value, under_test)
+
+
+# One pixel, one channel: what PyTorch takes for contiguous and for channels_last at a time.
+AMBIGUOUS = [(1, 8, 1, 1), (2, 8, 1, 1), (1, 1, 1, 1), (2, 1, 5, 6), (1, 1, 5, 1), (2, 1, 1, 6), (1, 8, 5, 6), (2, 8, 1, 6)]
+DENSE = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "channel slice": lambda t: torch.cat([t, t, t], 1)[:, t.shape[1] : 2 * t.shape[1]],
+    "channels_last slice": lambda t: torch.cat([t, t], 1).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)[
+        :, : t.shape[1]
+    ],
+}
+
+
+def returns_plain_strides(shape):
+    """Of the result and of a leaf's gradient, in training, inference and the hybrid tier."""
+    for dense in DENSE:
+        x = DENSE[dense](torch.randn(shape))
+        for skip in (False, True):
+            for kind in ("training", "inference", "hybrid"):
+                found = []
+                for cls in (PaperCoordAtt, CoordAtt):
+                    module = cls(shape[1], shape[1], skip=skip).train(kind == "training")
+                    if kind == "hybrid":
+                        module.bn1 = nn.GroupNorm(2, 8)
+                    if kind == "inference":
+                        with torch.no_grad():
+                            found.append((module(x).stride(),))
+                        continue
+                    leaf = x.detach().requires_grad_()
+                    out = module(leaf)
+                    out.backward(torch.ones(shape))
+                    found.append((out.stride(), leaf.grad.stride()))
+                assert found[0] == found[1], f"{dense}, x {x.stride()}, skip {skip}, {kind}: {found}"
+
+
+def counts_batches(start, momentum):
+    """In a tensor of any dtype or device, as plain PyTorch."""
+    case = Case((2, 5, 4, 3), 9, torch.float64)
+    d = data(case)
+    theirs, ours = (build(cls, case, d.params) for cls in (PaperCoordAtt, CoordAtt))
+    for module in (theirs, ours):
+        module.bn1.num_batches_tracked = start.clone()
+        module.bn1.momentum = momentum
+        for seed in range(3):
+            x = data(case, seed).x
+            module(x.requires_grad_(seed == 1)).sum()
+    got, expected = ours.bn1.num_batches_tracked, theirs.bn1.num_batches_tracked
+    assert got.dtype == expected.dtype and got.device == expected.device and got.shape == expected.shape
+    assert got.is_meta or torch.equal(got, expected)
+    for name in ("running_mean", "running_var"):
+        assert max(tolerances.errors(getattr(ours.bn1, name), getattr(theirs.bn1, name))) < 1e-13, name
+
+
 def writes_out_and_inplace(layout, under_test):
     case = Case(*AWKWARD["primes"], layout=layout, norm="running", skip=True)
     d = data(case)
@@ -131,6 +190,54 @@ def serves_hybrids(shape, dtype, layout, backend):
     bound = 16 * torch.finfo(dtype).eps
     for name in theirs:
         assert max(tolerances.errors(ours[name], theirs[name])) < bound, name
+
+
+def case_of(op):
+    return CASES["nhwc float32 running" if op in ("attend", "attend_out") else "nchw float32 batch"]
+
+
+def refuses_other_shapes(op, namespace):
+    """Each 1x1 weight transposed, each vector as a column."""
+    args, _ = sample(op, case_of(op))
+    function = getattr(namespace, op).default
+    refused = 0
+    for i, (argument, t) in enumerate(zip(function._schema.arguments, args)):
+        backward = op == "attend_backward"
+        counted = argument.name == "bn_bias" or (argument.name == "bn_weight" and not backward)
+        saved = backward and argument.name in ("pooled", "squeezed", "gates", "mean", "var")
+        if not torch.is_tensor(t) or counted or saved or argument.name in ("x", "grad", "num_batches_tracked"):
+            continue
+        given = list(args)
+        given[i] = t.transpose(0, 1) if t.dim() == 4 else t.unsqueeze(1)
+        with pytest.raises(RuntimeError, match=f"{argument.name} has shape|not what the forward pass saved"):
+            function(*given)
+        refused += 1
+    assert refused >= 4
+
+
+def emptied(t, spread=False):
+    """t as it is while a sharded module's parameters are elsewhere: its sizes, and no memory."""
+    t = torch.stack([t, t], -1)[..., 0] if spread else t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def refuses_what_has_no_memory(op, namespace):
+    """Each tensor of the operator, also as a view that would be copied before a kernel reads it."""
+    args, kwargs = sample(op, case_of(op))
+    function = getattr(namespace, op).default
+    for i, (argument, t) in enumerate(zip(function._schema.arguments, args)):
+        sizes_alone = ("update_running_stats", "squeezed"), ("pool_backward", "x")
+        if not torch.is_tensor(t) or (op, argument.name) in sizes_alone:
+            continue
+        for spread in (False, True) if t.dim() == 4 else (False,):
+            given = list(args)
+            given[i] = emptied(t, spread)
+            with pytest.raises(RuntimeError, match="storage is empty"):
+                function(*given, **kwargs)
+    if kwargs:
+        with pytest.raises(RuntimeError, match="storage is empty"):
+            function(*args, out=emptied(kwargs["out"]))
 
 
 def passes_opcheck(op, case, namespace):

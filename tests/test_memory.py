@@ -14,7 +14,7 @@ import tolerances
 import torch
 from harness import LAYOUTS, Case, build, data
 
-from coordatt_fast import CoordAtt, use_backend
+from coordatt_fast import CoordAtt, library, use_backend
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -215,7 +215,7 @@ with torch.no_grad(), use_backend("cpu"):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
-@pytest.mark.parametrize("limit", ["0", "64", None])
+@pytest.mark.parametrize("limit", ["0", "64", "-1", None])
 def test_what_is_kept_is_bounded(limit):
     """After 490 MB of outputs at once, at most COORDATT_FAST_KEEP_MB (256 unless told otherwise) are held on
     to.
@@ -226,6 +226,31 @@ def test_what_is_kept_is_bounded(limit):
     result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     start, peak, end = map(int, result.stdout.split())
-    kept = 256 if limit is None else int(limit)
+    kept = int(limit) if limit in ("0", "64") else 256
+    assert ("COORDATT_FAST_KEEP_MB=-1 has no effect" in result.stderr) == (limit == "-1")
     assert peak - start > 400
     assert end <= start + kept + 32, f"{end - start} MiB more than before"
+
+
+def test_no_bound_at_all():
+    """2 ** 43 megabytes are more bytes than 63 bits count."""
+    environment = {k: v for k, v in os.environ.items() if k != "COORDATT_FAST_POISON"}
+    environment["COORDATT_FAST_KEEP_MB"] = str(2**43)
+    result = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    _, peak, end = map(int, result.stdout.split())
+    assert end > peak - 32
+
+
+@pytest.mark.parametrize("name", ["COORDATT_FAST_KEEP_MB", "COORDATT_FAST_POISON"])
+def test_values_without_effect_are_named(name, monkeypatch, caplog):
+    usable = ["", "0", "1"] + (["64", "007", str(2**63), "9" * 40] if "KEEP" in name else [])
+    for value in usable:
+        monkeypatch.setenv(name, value)
+        library._warn_of_settings()
+    assert not caplog.records
+    for value in ("abc", "-1", "1e99", " 1", "+1", "1_0", "0x10", "1.5", "\u0664", "true"):
+        monkeypatch.setenv(name, value)
+        caplog.clear()
+        library._warn_of_settings()
+        assert f"{name}={value} has no effect" in caplog.text

@@ -5,7 +5,7 @@ import torch
 from harness import FLOATS, LAYOUTS, Case, build, data, run
 from paper import ACTIVATIONS, PaperCoordAtt
 
-from coordatt_fast import CoordAtt
+from coordatt_fast import CoordAtt, use_backend
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -97,6 +97,58 @@ def test_backward_from_the_gradient(value, norm, dtype, layout):
             # conv1.bias under batch statistics: zero by algebra, ours does not compute it.
             if name not in case.exactly_zero:
                 same_kind(ours[name], theirs[name], f"{name}, {value} at {place}", kinds)
+
+
+def stops_gradients(case, value, under_test):
+    """Where an activation's slope is zero plain PyTorch selects zero, whatever comes in: the parameters' gradients
+    of such channels stay finite.
+    """
+    d = data(case)
+    bias = "conv1.bias" if case.norm == "none" else "bn1.bias"
+    d.params[bias][::2] -= 40
+    d.params[bias][1::2] = 3
+    if case.activation == "relu6":
+        d.params[bias][1] += 40
+    d.grad[1, 2, 3, 1] = value
+    with use_backend("reference"):
+        theirs = run(build(CoordAtt, case, d.params), d.x, d.grad)
+    ours = under_test(case, d)
+    stopped = torch.isfinite(theirs["d conv1.weight"]).flatten(1).all(1)
+    assert not stopped.all() and stopped[::2].all() == (case.activation != "silu")
+    kinds = EXACT if value != value else {"not finite": not_finite}
+    for name in theirs:
+        if name not in case.exactly_zero:
+            same_kind(ours[name], theirs[name], f"{name}, {case}", kinds)
+
+
+def fused(case, d):
+    return run(build(CoordAtt, case, d.params), d.x, d.grad)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_where_the_activation_is_flat(activation, value, simd):
+    for dtype in (torch.float32, torch.float64):
+        for layout in LAYOUTS:
+            for norm in ("running", "batch", "none"):
+                case = Case((2, 5, 4, 3), 9, dtype, layout=layout, norm=norm, activation=activation)
+                stops_gradients(case, VALUES[value], fused)
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_with_values_not_finite_in_x(activation, value):
+    """Under given statistics no term is multiplied by zero that PyTorch does not have."""
+    for norm in ("running", "none"):
+        for seed in range(4):
+            case = Case((2, 5, 3, 4), 9, norm=norm, activation=activation)
+            d = data(case, seed)
+            d.x[0, 1, 2, 3] = VALUES[value]
+            with use_backend("reference"):
+                theirs = run(build(CoordAtt, case, d.params), d.x, d.grad)
+            ours = fused(case, d)
+            for name in theirs:
+                same_kind(ours[name], theirs[name], f"{name}, {norm}, {seed}", {"not finite": not_finite})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,10 +1,12 @@
 """x and its gradient in every memory layout a network produces: values, and strides of the results."""
 
+import promises
 import pytest
 import tolerances
 import torch
 from harness import FLOATS, LAYOUTS, Case, build, data, feature_map, run
 from shapes import AWKWARD
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from coordatt_fast import CoordAtt, coord_att, explain
 
@@ -184,6 +186,40 @@ def test_ambiguous_strides(shape):
         got = run(build(CoordAtt, case, d.params), x, d.grad)
         for name in expected:
             assert max(tolerances.errors(got[name], expected[name])) < 1e-5, name
+
+
+@pytest.mark.parametrize("shape", promises.AMBIGUOUS, ids=str)
+def test_strides_of_the_result(shape):
+    promises.returns_plain_strides(shape)
+
+
+@pytest.mark.parametrize("shape", promises.AMBIGUOUS, ids=str)
+def test_strides_without_data(shape):
+    """The compiler is told the strides that the kernels give."""
+    module, ops = CoordAtt(shape[1], shape[1]), torch.ops.coordatt_fast
+    conv1, conv_h, conv_w = module.conv1, module.conv_h, module.conv_w
+    weights = (conv1.weight, conv1.bias, None, None, None, None, 1e-5)
+    weights = [*weights, conv_h.weight, conv_h.bias, conv_w.weight, conv_w.bias]
+    n, c, h, w = shape
+    for dense in promises.DENSE.values():
+        x = dense(torch.randn(shape))
+        logits = torch.randn(n, c, h, 1), torch.randn(n, c, 1, w)
+        for skip in (False, True):
+            with torch.no_grad():
+                for op, arguments in (
+                    (ops.attend, (x, *weights, 0, skip)),
+                    (ops.attend_train, (x, *weights, 0, 0, skip)),
+                    (ops.gate, (x, *logits, skip)),
+                    (ops.gate_backward, (x, x, *logits, skip)),
+                    (ops.pool_backward, (torch.randn(n, c, h + w, 1), x)),
+                ):
+                    real = op(*arguments)
+                    mode = FakeTensorMode(allow_non_fake_inputs=False)
+                    faked = [mode.from_tensor(t) if torch.is_tensor(t) else t for t in arguments]
+                    with mode:
+                        fake = op(*faked)
+                    pairs = zip(real, fake) if type(real) is tuple else [(real, fake)]
+                    assert all(a.stride() == b.stride() for a, b in pairs), (op, x.stride(), skip)
 
 
 @pytest.mark.parametrize("relayout", [*RELAYOUTS, "negated view"])

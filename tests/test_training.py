@@ -2,6 +2,7 @@
 
 import itertools
 
+import promises
 import pytest
 import tolerances
 import torch
@@ -120,6 +121,36 @@ def test_running_statistics(dtype, momentum):
             )
     else:
         tolerances.check(results, tolerances.Yardstick(truths, [plain]), key=dtype)
+
+
+COUNTERS = {
+    "int32": torch.tensor(0, dtype=torch.int32),
+    "uint8": torch.tensor(3, dtype=torch.uint8),
+    "float32": torch.tensor(2.0),
+    "float16": torch.tensor(2046, dtype=torch.float16),
+    "one dimension": torch.tensor([4]),
+    "int64": torch.tensor(7),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("start", COUNTERS)
+def test_batches_are_counted_in_any_dtype(start, momentum):
+    promises.counts_batches(COUNTERS[start], momentum)
+
+
+def test_counters_that_only_count():
+    """Several numbers, or one on another device, as long as the momentum does not ask for it."""
+    for start in (torch.zeros(3), torch.zeros((), dtype=torch.long, device="meta")):
+        promises.counts_batches(start, 0.1)
+        with pytest.raises((ValueError, RuntimeError)):
+            promises.counts_batches(start, None)
+    module = CoordAtt(8, 8)
+    module.bn1.num_batches_tracked = torch.tensor(False)
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        module(torch.randn(2, 8, 4, 5))
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
 
 
 def test_gradients_accumulate():

@@ -113,8 +113,8 @@ struct MixBackward {
       }
       double inv = b.norm == Norm::none ? 1 : 1 / sqrt((double)var[i] + b.params.eps);
       bool batch = b.norm == Norm::batch;
-      offset[i] = batch ? (A)(scale[i] * du / (double)rows) : A(0);
-      slope[i] = batch ? (A)(scale[i] * inv * inv * dev / (double)rows) : A(0);
+      offset[i] = (A)(scale[i] * du / (double)rows);
+      slope[i] = (A)(scale[i] * inv * inv * dev / (double)rows);
       put<A>(b.out.bn_weight, i, dev * inv);
       put<A>(b.out.bn_bias, i, du);
       // Under batch statistics the mean takes any shift out again: exactly zero.
@@ -126,7 +126,8 @@ struct MixBackward {
       a.z = at(b.saved.squeezed, r0 * m, bytes);
       a.mean = (void*)middle.mean;
       a.du = at(dz, r0 * m, bytes);
-      a.scale = scale; a.offset = offset; a.slope = slope;
+      a.scale = scale;
+      if (b.norm == Norm::batch) { a.offset = offset; a.slope = slope; }
       a.rows = r1 - r0; a.m = m;
       mix.norm_backward(a);
     });

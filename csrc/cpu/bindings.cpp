@@ -42,8 +42,9 @@ struct Cpu {
   static Tensor empty_map(const Tensor& like, bool nhwc) {
     int64_t n = like.size(0), c = like.size(1), h = like.size(2), w = like.size(3), sizes[4] = {n, c, h, w};
     MapStrides strides(like, nhwc);
-    int64_t bytes = n * c * h * w * (int64_t)like.element_size();
-    void* block = bytes >= block_from ? take_block(bytes) : nullptr;
+    int64_t bytes;
+    bool absurd = __builtin_mul_overflow(like.numel(), (int64_t)like.element_size(), &bytes);  // torch says it best
+    void* block = !absurd && bytes >= block_from ? take_block(bytes) : nullptr;
     if (block)
       return torch::stable::from_blob(block, {sizes, 4}, {strides.of, 4},
                                       torch::stable::Device(torch::headeronly::DeviceType::CPU), like.scalar_type(), give_block);
@@ -96,10 +97,11 @@ void gather_rows(const Tensor& t, int64_t length_dim, ScalarType acc, void* to) 
   bool wide = acc == ScalarType::Double;
   CHECK(wide == (t.scalar_type() == ScalarType::Double), "logits must be float64 exactly where x is");
   int64_t n = t.size(0), c = t.size(1), length = t.size(length_dim), size = (int64_t)t.element_size(), bytes = wide ? 8 : 4;
+  const void* data = data_of(t, "logits");
   char* out = (char*)to;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t l = 0; l < length; ++l, out += c * bytes) {
-      char* from = (char*)t.mutable_data_ptr() + (i * t.stride(0) + l * t.stride(length_dim)) * size;
+      char* from = (char*)data + (i * t.stride(0) + l * t.stride(length_dim)) * size;
       if (t.stride(1) == 1) {
         k.to_acc(from, out, c);
       } else {
@@ -114,6 +116,7 @@ Tensor pool_backward(const Tensor& grad, const Tensor& x) {
   const Shape& s = args.shape;
   CHECK(grad.dim() == 4 && grad.size(0) == s.n && grad.size(1) == s.c && grad.size(2) == s.length() && grad.size(3) == 1,
         "grad must be [N, C, H + W, 1]");
+  check_device(grad, x, "grad");
   Tensor rows = empty2(x, s.n * s.length(), s.c, acc_of(x)), dx = empty_map(x, args.nhwc);
   gather_rows(grad, 2, acc_of(x), rows.mutable_data_ptr());
   args.x = map_of(dx, args.nhwc);
@@ -125,10 +128,12 @@ Tensor pool_backward(const Tensor& grad, const Tensor& x) {
 // [R, C] gates from logits.
 Tensor gates_of(const Tensor& x, const Call& call, const Tensor& s_h, const Tensor& s_w, ScalarType acc) {
   const Shape& s = call.shape;
-  CHECK(s_h.dim() == 4 && s_h.size(0) == s.n && s_h.size(1) == s.c && s_h.size(2) == s.h && s_h.size(3) == 1 && s_h.is_cpu(),
-        "s_h must be [N, C, H, 1] on the CPU");
-  CHECK(s_w.dim() == 4 && s_w.size(0) == s.n && s_w.size(1) == s.c && s_w.size(2) == 1 && s_w.size(3) == s.w && s_w.is_cpu(),
-        "s_w must be [N, C, 1, W] on the CPU");
+  check_device(s_h, x, "s_h");
+  check_device(s_w, x, "s_w");
+  CHECK(s_h.dim() == 4 && s_h.size(0) == s.n && s_h.size(1) == s.c && s_h.size(2) == s.h && s_h.size(3) == 1,
+        "s_h must be [N, C, H, 1]");
+  CHECK(s_w.dim() == 4 && s_w.size(0) == s.n && s_w.size(1) == s.c && s_w.size(2) == 1 && s_w.size(3) == s.w,
+        "s_w must be [N, C, 1, W]");
   Tensor gates = empty2(x, s.rows(), s.c, acc);
   gather_rows(s_h, 2, acc, gates.mutable_data_ptr());
   gather_rows(s_w, 3, acc, (char*)gates.mutable_data_ptr() + s.n * s.h * s.c * (acc == ScalarType::Double ? 8 : 4));
@@ -140,7 +145,7 @@ Tensor gate(const Tensor& x, const Tensor& s_h, const Tensor& s_w, bool skip) {
   GateArgs args{};
   (Call&)args = call_of(x, 0, 0, skip);
   Tensor gates = gates_of(x, args, s_h, s_w, acc_of(x));
-  Tensor in = native(x, args.nhwc), out = empty_map(x, args.nhwc);
+  Tensor in = native(x, args.nhwc), out = empty_map(x, makes_nhwc(x, skip));
   args.x = map_of(in, args.nhwc);
   args.out = map_of(out, args.nhwc);
   args.gates = gates.mutable_data_ptr();

@@ -1,12 +1,14 @@
 #include "blocks.h"
 
-#include <stdlib.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include <deque>
 #include <mutex>
 #include <unordered_map>
+
+#include "environment.h"
 
 namespace coordatt {
 namespace {
@@ -19,27 +21,19 @@ struct Block {
   int64_t size;
 };
 
-int64_t megabytes(const char* name, int64_t otherwise) {
-  const char* value = getenv(name);
-  if (!value || !*value) return otherwise;
-  char* end;
-  long long n = strtoll(value, &end, 10);
-  return *end || n < 0 ? otherwise : n;
-}
-
 struct Store {
   std::mutex mutex;
   std::unordered_map<void*, int64_t> sizes;  // of every block in use
   std::deque<Block> waiting;                 // oldest first
-  int64_t kept = 0, limit = megabytes("COORDATT_FAST_KEEP_MB", 256) << 20;
-  const char* poison = getenv("COORDATT_FAST_POISON");
+  int64_t kept = 0;
 };
 
-// Never destroyed: tensors may outlive static destructors.
-Store& store() {
-  static Store* s = new Store;
-  return *s;
-}
+// Never destroyed: tensors may outlive static destructors. Made when the library is loaded, so that no fork meets its making.
+Store& store = *new Store;
+
+// A fork takes the mutex as it is: locked for ever, if another thread holds it.
+[[maybe_unused]] const int fork_handled =
+    pthread_atfork([] { store.mutex.lock(); }, [] { store.mutex.unlock(); }, [] { store.mutex.unlock(); });
 
 void* map(int64_t size) {
   bool huge = size >= 2 * huge_page;
@@ -60,8 +54,8 @@ void* map(int64_t size) {
 }  // namespace
 
 void* take_block(int64_t bytes) {
-  Store& s = store();
-  if (s.limit == 0) return nullptr;
+  Store& s = store;
+  if (environment().keep_bytes == 0) return nullptr;
   int64_t unit = bytes >= 2 * huge_page ? huge_page : page;
   int64_t size = (bytes + unit - 1) / unit * unit;
   void* data = nullptr;
@@ -84,12 +78,12 @@ void* take_block(int64_t bytes) {
     std::lock_guard<std::mutex> lock(s.mutex);
     s.sizes[data] = size;
   }
-  if (s.poison && *s.poison && strcmp(s.poison, "0") != 0) memset(data, 0xff, (size_t)size);
+  if (environment().poison) memset(data, 0xff, (size_t)size);
   return data;
 }
 
 void give_block(void* data) {
-  Store& s = store();
+  Store& s = store;
   std::deque<Block> dropped;
   {
     std::lock_guard<std::mutex> lock(s.mutex);
@@ -98,7 +92,7 @@ void give_block(void* data) {
     s.sizes.erase(found);
     s.waiting.push_back({data, size});
     s.kept += size;
-    while (s.kept > s.limit) {
+    while (s.kept > environment().keep_bytes && !s.waiting.empty()) {
       dropped.push_back(s.waiting.front());
       s.kept -= s.waiting.front().size;
       s.waiting.pop_front();

@@ -66,7 +66,8 @@ struct ActArgs {
 };
 
 // Batch statistics of z [rows, M]: mean and biased variance, summed in double.
-// Backward through the normalisation: du -> dz = scale * du - offset - (z - mean) * slope, in place.
+// Backward through the normalisation: du -> dz = scale * du - offset - (z - mean) * slope, in place; offset and slope null:
+// scale * du, also where z is not finite.
 struct NormArgs {
   const void* z;
   void* mean; void* var;  // stats: written; backward: mean read

@@ -113,30 +113,40 @@ template <class V> COORDATT_INLINE V clamp(V u, float low, float high) {
   return u > hi ? hi : u;
 }
 
-// The value and the slope of an activation; comparisons are written so that NaN passes through.
+// The value of an activation; comparisons are written so that NaN passes through.
 template <Activation F, class V> COORDATT_INLINE V activate(V u) {
-  if (F == Activation::hard_swish) return u * (clamp(u + 3.0f, 0.0f, 6.0f) * (decltype(u[0] + 0))(1.0 / 6.0));
-  if (F == Activation::silu) return u * sigmoid(u);
-  if (F == Activation::relu) return u < 0.0f ? V{} : u;
-  return clamp(u, 0.0f, 6.0f);
+  if constexpr (F == Activation::hard_swish) {
+    return u * (clamp(u + 3.0f, 0.0f, 6.0f) * (decltype(u[0] + 0))(1.0 / 6.0));
+  } else if constexpr (F == Activation::silu) {
+    return u * sigmoid(u);
+  } else if constexpr (F == Activation::relu) {
+    return u < 0.0f ? V{} : u;
+  } else {
+    static_assert(F == Activation::relu6);
+    return clamp(u, 0.0f, 6.0f);
+  }
 }
 
+// dy times the slope. Where that is zero by a comparison the result is selected, as in PyTorch's kernels: NaN or infinity
+// times zero would be NaN.
 template <Activation F, class V> COORDATT_INLINE V activate_backward(V u, V dy) {
   V zero = {};
-  if (F == Activation::hard_swish) {
+  if constexpr (F == Activation::hard_swish) {
     auto sixth = (decltype(u[0] + 0))(1.0 / 6.0);
     V slope = u * sixth;
-    slope = u <= -3.0f ? zero : slope;
     slope = u >= 3.0f ? zero : slope;
-    return dy * (slope + clamp(u + 3.0f, 0.0f, 6.0f) * sixth);
-  }
-  if (F == Activation::silu) {
+    V du = dy * (slope + clamp(u + 3.0f, 0.0f, 6.0f) * sixth);
+    return u <= -3.0f ? zero : du;
+  } else if constexpr (F == Activation::silu) {
     V s = sigmoid(u);
     return dy * (s * (1.0f + u * (1.0f - s)));
+  } else if constexpr (F == Activation::relu) {
+    return u <= 0.0f ? zero : dy;
+  } else {
+    static_assert(F == Activation::relu6);
+    dy = u > 0.0f ? dy : zero;  // NaN passes none, as in PyTorch's vectors
+    return u < 6.0f ? dy : zero;
   }
-  if (F == Activation::relu) return u <= 0.0f ? zero : dy;
-  dy = u <= 0.0f ? zero : dy;
-  return u >= 6.0f ? zero : dy;
 }
 
 // to[i] = from[i % m] over m whole vectors, so that a flat walk over [rows, M] finds its column's value in place.
@@ -247,6 +257,13 @@ void norm_backward(const NormArgs& a) {
   const A *z = (const A*)a.z, *mean = (const A*)a.mean, *scale = (const A*)a.scale, *offset = (const A*)a.offset,
           *slope = (const A*)a.slope;
   A* du = (A*)a.du;
+  if (!offset) {
+#pragma GCC ivdep
+    for (int64_t r = 0; r < a.rows; ++r)
+#pragma GCC ivdep
+      for (int64_t m = 0; m < a.m; ++m) du[r * a.m + m] *= scale[m];
+    return;
+  }
 #pragma GCC ivdep
   for (int64_t r = 0; r < a.rows; ++r)
 #pragma GCC ivdep

@@ -6,6 +6,8 @@
 
 #include <new>
 
+#include "environment.h"
+
 namespace coordatt {
 namespace {
 
@@ -17,14 +19,6 @@ struct Buffer {
   ~Buffer() { free(data); }
 };
 thread_local Buffer buffer;
-
-bool poison() {
-  static const bool on = [] {
-    const char* e = getenv("COORDATT_FAST_POISON");
-    return e && *e && strcmp(e, "0") != 0;
-  }();
-  return on;
-}
 
 void* aligned(int64_t size) {
   void* p = aligned_alloc(64, (size_t)Scratch::round(size));
@@ -48,7 +42,7 @@ Scratch::Scratch(int64_t bytes) : size_(round(bytes)) {
   base_ = kept_ ? buffer.data + buffer.used : (char*)aligned(size_);
   if (kept_) buffer.used += size_;
   at_ = base_;
-  if (poison()) memset(base_, 0xff, (size_t)size_);  // all ones is a NaN in every type used
+  if (environment().poison) memset(base_, 0xff, (size_t)size_);  // all ones is a NaN in every type used
 }
 
 Scratch::~Scratch() {

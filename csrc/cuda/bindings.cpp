@@ -101,7 +101,7 @@ struct Cuda {
 Tensor native(const Tensor& t, bool nhwc) { return Fused<Cuda>::native(t, nhwc); }
 
 cuda::OutsideLines lines_of(const Tensor& t, int line_dim, const char* name) {
-  return {t.mutable_data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(line_dim)};
+  return {data_of(t, name), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(line_dim)};
 }
 
 // [N, C, H + W, 1], rows then columns.
@@ -152,7 +152,7 @@ Tensor gate(const Tensor& x, const Tensor& s_h, const Tensor& s_w, bool skip) {
   Call call = call_of(x, 0, 0, skip);
   check_map_fits(call);
   check_logits(call, x, s_h, s_w);
-  Tensor in = native(x, call.nhwc), out = Cuda::empty_map(x, call.nhwc);
+  Tensor in = native(x, call.nhwc), out = Cuda::empty_map(x, makes_nhwc(x, skip));
   Here here(x);
   cuda::OutsideMiddle logits{lines_of(s_h, 2, "s_h"), lines_of(s_w, 3, "s_w")};
   if (x.numel()) check(cuda::gate(call, map_of(in, call.nhwc), logits, map_of(out, call.nhwc), here.run));

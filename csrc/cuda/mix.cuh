@@ -21,26 +21,32 @@ template <class A> __device__ __forceinline__ A clamp6(A v) {
 // NaN kept, and infinite u gives what PyTorch's kernels give.
 template <class A> __device__ __forceinline__ A activate(Activation f, A u) {
   switch (f) {
+    case Activation::hard_swish: return u * (clamp6(u + A(3)) / A(6));
     case Activation::silu: return u * sigmoid(u);
     case Activation::relu: return u < A(0) ? A(0) : u;
     case Activation::relu6: return clamp6(u);
-    default: return u * (clamp6(u + A(3)) / A(6));
   }
+  static_assert(activations == 4, "a case for each");
+  __builtin_unreachable();
 }
 
+// Where the slope is zero by a comparison the result is selected, as in PyTorch's kernels: NaN or infinity times zero
+// would be NaN.
 template <class A> __device__ __forceinline__ A activate_backward(Activation f, A u, A dy) {
   switch (f) {
+    case Activation::hard_swish: {
+      A slope = u >= A(3) ? A(0) : u / A(6), du = dy * (slope + clamp6(u + A(3)) / A(6));
+      return u <= A(-3) ? A(0) : du;
+    }
     case Activation::silu: {
       A s = sigmoid(u);
       return dy * (s * (A(1) + u * (A(1) - s)));
     }
     case Activation::relu: return u <= A(0) ? A(0) : dy;
     case Activation::relu6: return u <= A(0) || u >= A(6) ? A(0) : dy;
-    default: {
-      A slope = u <= A(-3) || u >= A(3) ? A(0) : u / A(6);
-      return dy * (slope + clamp6(u + A(3)) / A(6));
-    }
   }
+  static_assert(activations == 4, "a case for each");
+  __builtin_unreachable();
 }
 
 // u = (z - mean) * scale + shift of one row of the middle.

@@ -252,6 +252,29 @@ def test_gradient_not_finite(layout, value):
     promises.keeps_gradients_not_finite(layout, value, on_cuda)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradient_where_the_activation_is_flat(activation):
+    promises.keeps_gradients_where_the_activation_is_flat(activation, on_cuda)
+
+
+@pytest.mark.parametrize("shape", promises.AMBIGUOUS, ids=str)
+def test_strides_of_the_result(shape):
+    promises.returns_plain_strides(shape)
+
+
+def test_batches_are_counted_in_any_dtype():
+    promises.counts_batches(torch.tensor(2, dtype=torch.int32), None)
+    promises.counts_batches(torch.tensor(2.0), 0.1)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_the_kernels_refuse(op, monkeypatch):
+    monkeypatch.setattr(test_registration, "ops", lambda: torch.ops.coordatt_fast_cuda_on_cpu)
+    promises.refuses_what_has_no_memory(op, torch.ops.coordatt_fast_cuda_on_cpu)
+    if op in ("attend", "attend_train", "attend_train_update", "attend_backward"):
+        promises.refuses_other_shapes(op, torch.ops.coordatt_fast_cuda_on_cpu)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_out_and_inplace(layout):
     for way in ("chain", "cluster:2"):

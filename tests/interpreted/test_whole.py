@@ -12,8 +12,8 @@ from shapes import AWKWARD
 from test_registration import CASES, OPS
 from test_strides import RELAYOUTS
 
-from coordatt_fast import CoordAtt
-from coordatt_fast.kernels import launch
+from coordatt_fast import CoordAtt, reference
+from coordatt_fast.kernels import entries, launch
 
 SMALL = ["all-ones", "one-channel", "H=1", "W=1", "mid>C"]
 MEDIUM = ["primes", "W=7", "W=17", "mid=1", "mid=30", "mid=88", "C=129"]
@@ -157,6 +157,56 @@ def test_not_finite(layout, activation, value):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_not_finite(layout, value):
     promises.keeps_gradients_not_finite(layout, value, on_triton)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradient_where_the_activation_is_flat(activation):
+    promises.keeps_gradients_where_the_activation_is_flat(activation, on_triton)
+
+
+def test_an_unknown_activation_is_refused():
+    case = Case((1, 5, 4, 3), 9)
+    arguments, _ = test_registration.sample("attend", case.but(norm="running"))
+    with pytest.raises(Exception, match="no such activation"):
+        torch.ops.coordatt_fast_triton.attend(*arguments[:-2], 4, False)
+
+
+@pytest.mark.parametrize("shape", promises.AMBIGUOUS, ids=str)
+def test_strides_of_the_result(shape):
+    module = CoordAtt(shape[1], shape[1])
+    w1, wh, ww = module.conv1.weight, module.conv_h.weight, module.conv_w.weight
+    n, c, h, w = shape
+    s_h, s_w = torch.randn(n, c, h, 1), torch.randn(n, c, 1, w)
+    for dense in promises.DENSE.values():
+        x = dense(torch.randn(shape))
+        for skip in (False, True):
+            expected = reference.gate(x, s_h, s_w, skip).stride()
+            with entries.record([]):
+                weights = w1, None, None, None, None, None, 1e-5, wh, None, ww, None
+                assert launch.gate(x, s_h, s_w, skip).stride() == expected
+                assert launch.attend(x, *weights, 0, skip).stride() == expected
+                assert launch.attend_train(x, *weights, 0, 0, skip)[0].stride() == expected
+
+
+def test_batches_are_counted_in_any_dtype():
+    promises.counts_batches(torch.tensor(2, dtype=torch.int32), None)
+    promises.counts_batches(torch.tensor(2.0), 0.1)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_the_kernels_refuse(op, monkeypatch):
+    monkeypatch.setattr(test_registration, "ops", lambda: torch.ops.coordatt_fast_triton)
+    promises.refuses_what_has_no_memory(op, torch.ops.coordatt_fast_triton)
+    if op in ("attend", "attend_train", "attend_train_update", "attend_backward"):
+        promises.refuses_other_shapes(op, torch.ops.coordatt_fast_triton)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_eps(training):
+    module = CoordAtt(8, 8).train(training)
+    module.bn1.eps = -1e-5
+    with pytest.raises(ValueError, match="eps.*-1e-05"):
+        module(torch.randn(1, 8, 4, 3))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
