@@ -35,6 +35,7 @@ ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu
 CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
@@ -217,6 +218,19 @@ def is_eager(x) -> bool:
 def autocast(x: Tensor) -> bool:
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and _is_autocast_enabled(kind)
+
+
+def laid_out(child: Module, y: Tensor) -> Tensor:
+    """y [N, M, L, 1] of the hybrid tier in the memory format that child computes best in.
+
+    Plain convolutions take channels dense. All else takes contiguous tensors, since PyTorch sums the
+    statistics of channels_last ones less exactly, and in float16 within its range; so do convolutions in half
+    precision, which let NaN into other pixels of channels_last ones.
+    """
+    if type(y) not in _PLAIN or y.dim() != 4:
+        return y
+    dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y))
+    return y.contiguous(memory_format=torch.channels_last if dense else torch.contiguous_format)
 
 
 def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
