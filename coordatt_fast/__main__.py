@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import importlib
+import io
 import json
 import os
 import platform
@@ -267,6 +268,9 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status (argparse itself exits with 2 for wrong arguments)."""
+    for stream in (sys.stdout, sys.stderr):  # names that the terminal's encoding does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     top = parser()
     arguments = top.parse_args(argv)
     if getattr(arguments, "threads", None):
