@@ -15,8 +15,8 @@ from coordatt_fast import library
 NAMES = ("cpu", "cuda", "triton", "reference")
 AUTO = "auto"
 
-# Triton reads this when it is imported; its kernels then also run, slowly, on CPU tensors.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") in ("1", "true", "on", "yes", "y")
+# As Triton reads it, when it is imported; its kernels then also run, slowly, on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 # What auto takes beside cpu, and cuda (whose table is csrc/cuda/verified.h): backends whose tests have passed
 # on a real device (make gpu).
 VERIFIED: frozenset[str] = frozenset()

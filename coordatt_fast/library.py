@@ -168,10 +168,10 @@ def load() -> Library:
         found, broken = replace(found, reason=f"{found.reason} ({VARIABLE} is {path})"), True
     if broken:
         log.warning("coordatt_fast runs in plain PyTorch: %s", found.reason)
-    level = os.environ.get("COORDATT_FAST_SIMD")
-    if level and found.loaded:
+    if level := os.environ.get("COORDATT_FAST_SIMD"):
         try:
             torch.ops.coordatt_fast.set_simd_level(level)
         except Exception as error:
-            log.warning("COORDATT_FAST_SIMD=%s has no effect: %s", level, error)
+            why = error if found.loaded else "the compiled library is not loaded"
+            log.warning("COORDATT_FAST_SIMD=%s has no effect: %s", level, why)
     return found
