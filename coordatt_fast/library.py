@@ -40,7 +40,8 @@ _TYPES = {"version": str, "torch": str, "platform": str, "bytes": int, "skipped"
 
 def _read_build(path: Path) -> dict:
     try:
-        build = json.loads(path.with_name("build.json").read_text())
+        beside = path.with_name("build.json")
+        build = json.loads(beside.read_text()) if beside.is_file() else None
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(build, dict):

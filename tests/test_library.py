@@ -125,6 +125,7 @@ def test_not_ours(ours, tmp_path):
     os.mkfifo(fifo)
     text.write_text("not a library\n" * 100)
     data = bytearray(ours.read_bytes()[:4096])
+    os.mkfifo(tmp_path / "build.json")  # beside them: never read
     header.write_bytes(data[:54] + b"\x07\x00\xff\xff\x07\x00\xff\xff" + data[62:])
     data[18:20] = (183).to_bytes(2, "little")
     other.write_bytes(data)
