@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -55,6 +56,33 @@ class Skip(Exception):
     """Why there will be no compiled library."""
 
 
+def wrong(name: str, why: str) -> SystemExit:
+    """The end of a build for which a variable of the environment has a value that cannot be used."""
+    return SystemExit(f"coordatt_fast: {name}={os.environ.get(name, '')}: {why}")
+
+
+def switch(name: str) -> bool | None:
+    """What a variable that is 0 or 1 says; None where it is empty or not set."""
+    value = os.environ.get(name, "").strip()
+    if value not in ("", "0", "1"):
+        raise wrong(name, "expected 0 or 1")
+    return None if value == "" else value == "1"
+
+
+def answer(command: list[str], problem: Callable[[str], SystemExit], given: str = "") -> str:
+    """What a tool prints when given a text. Where it fails, raises problem of what went wrong."""
+    settings = dict(capture_output=True, text=True, errors="replace", timeout=60)
+    try:
+        done = subprocess.run(command, input=given, **settings)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise problem(f"{shlex.join(command)} does not run: {error}") from None
+    if done.returncode or not done.stdout.strip():
+        ended = f"ended with status {done.returncode}" if done.returncode else "printed nothing"
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        raise problem(f"{shlex.join(command)} {ended}{': ' if said else ''}{said}")
+    return done.stdout.strip()
+
+
 def _torch_here() -> tuple[Path, str] | None:
     """Folder and version of the torch that this interpreter would import, without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -87,7 +115,10 @@ def find_compiler() -> list[str]:
     """The C++ compiler as a command line."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
-        command = shlex.split(name)
+        try:
+            command = shlex.split(name)
+        except ValueError as error:
+            raise wrong("CXX", f"{error}; expected a command") from None
         if command and shutil.which(command[0]):
             return command
     raise Skip(
@@ -110,17 +141,21 @@ def find_ninja() -> str:
 
 def find_nvcc() -> str | None:
     """The CUDA compiler, where there is one and it is wanted."""
-    force = os.environ.get("FORCE_CUDA", "")
-    if force == "0" or os.environ.get("SANITIZE"):
+    force = switch("FORCE_CUDA")
+    if force is False or os.environ.get("SANITIZE"):
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places = [Path(home) / "bin/nvcc" for home in homes if home]
+    places = []
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(name):
+            places.append(Path(home) / "bin/nvcc")
+            if not places[-1].is_file():
+                print(f"coordatt_fast: {name}={home} has no bin/nvcc", flush=True)
     places += [Path(found)] if (found := shutil.which("nvcc")) else []
     for place in [*places, Path("/usr/local/cuda/bin/nvcc")]:
         if place.is_file():
             return str(place)
     if force:
-        raise SystemExit(f"coordatt_fast: FORCE_CUDA={force}, but nvcc was not found; set CUDA_HOME")
+        raise SystemExit("coordatt_fast: FORCE_CUDA=1, but nvcc was not found; set CUDA_HOME")
     return None
 
 
@@ -129,14 +164,19 @@ class Cuda:
 
     def __init__(self, nvcc: str) -> None:
         self.nvcc = nvcc
-        said = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
-        self.version = re.search(r"release (\d+\.\d+)", said).group(1)
-        command = [nvcc, "--list-gpu-arch"]
-        known = set(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+        said = answer([nvcc, "--version"], self.broken)
+        release = re.search(r"release (\d+\.\d+)", said)
+        if release is None:
+            raise self.broken(f"{nvcc} --version does not say which release it is")
+        self.version = release.group(1)
+        known = set(answer([nvcc, "--list-gpu-arch"], self.broken).split())
         wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
         self.archs: list[str] = []
         self.flags: list[str] = []
-        for name in re.split(r"[;,\s]+", (wanted or CUDA_ARCHS).strip(";, ")):
+        names = re.split(r"[;,\s]+", (wanted or CUDA_ARCHS).strip(";, "))
+        if not any(names):
+            raise wrong("TORCH_CUDA_ARCH_LIST", "it names no GPU; for none at all set FORCE_CUDA=0")
+        for name in names:
             for arch in CUDA_NAMES.get(name, name).split():
                 self.add(arch, known, asked=name if wanted else "")
         if not self.archs:
@@ -148,20 +188,27 @@ class Cuda:
             newest = self.archs[-1].removeprefix("sm_")
             self.flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
 
+    @staticmethod
+    def broken(why: str) -> SystemExit:
+        return SystemExit(
+            f"coordatt_fast: nvcc is broken: {why}; set CUDA_HOME to another, or FORCE_CUDA=0 for the CPU's "
+            "kernels alone"
+        )
+
     def add(self, arch: str, known: set[str], asked: str) -> None:
         """Compiles for arch as well; asked: how TORCH_CUDA_ARCH_LIST put it."""
         number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         digits = number[1] + number[2] if number else "0"
-        if int(digits) < 80 or f"compute_{digits}" not in known:
+        early = number and number[3] and int(digits) < 90  # only newer ones have such a suffix
+        if int(digits) < 80 or early or f"compute_{digits}" not in known:
             if not asked:
                 return
             numbers = sorted(int(digits) for digits in re.findall(r"compute_(\d+)\b", " ".join(known)))
             right = " ".join(f"{n // 10}.{n % 10}" for n in numbers if n >= 80)
-            wanted = os.environ["TORCH_CUDA_ARCH_LIST"]
-            raise SystemExit(
-                f"coordatt_fast: TORCH_CUDA_ARCH_LIST={wanted}: {asked!r} is none of "
-                f"{right} (what nvcc {self.version} knows; with +PTX for newer GPUs too), "
-                f"{', '.join(CUDA_NAMES)}; for none at all set FORCE_CUDA=0"
+            raise wrong(
+                "TORCH_CUDA_ARCH_LIST",
+                f"{asked!r} is none of {right} (what nvcc {self.version} knows; with +PTX for newer GPUs "
+                f"too), {', '.join(CUDA_NAMES)}; for none at all set FORCE_CUDA=0",
             )
         digits += number[3]
         if f"sm_{digits}" not in self.archs:
@@ -183,7 +230,7 @@ class Cuda:
 
 def other_cuda(torchs: str | None, nvccs: str) -> str | None:
     """Why a library of this nvcc may not serve that torch's GPUs; None when it does, or FORCE_CUDA is set."""
-    if not torchs or torchs.split(".")[0] == nvccs.split(".")[0] or os.environ.get("FORCE_CUDA"):
+    if not torchs or torchs.split(".")[0] == nvccs.split(".")[0] or switch("FORCE_CUDA"):
         return None
     return (
         f"torch is built with CUDA {torchs}, nvcc is {nvccs}, which may need a newer driver than torch does; "
@@ -195,7 +242,7 @@ class Toolchain:
     """What is there to build with. Raises Skip where something is missing."""
 
     def __init__(self) -> None:
-        if os.environ.get("COORDATT_FAST_NO_BUILD", "0") not in ("", "0"):
+        if switch("COORDATT_FAST_NO_BUILD"):
             raise Skip("COORDATT_FAST_NO_BUILD was set")
         if not sys.platform.startswith("linux"):
             raise Skip(f"the compiled library is built on Linux only, this is {sys.platform}")
@@ -207,8 +254,9 @@ class Toolchain:
                 "no torch >= 2.11 with its headers was found" + (f" (found {torch[1]})" if torch else "")
             )
         self.torch, self.torch_version = torch
-        self.compiler = self.ask("--version").splitlines()[0]
-        self.machine = self.ask("-dumpmachine").split("-")[0]
+        self.compiler = answer([*self.cxx, "--version"], self.broken).splitlines()[0]
+        self.machine = answer([*self.cxx, "-dumpmachine"], self.broken).split("-")[0]
+        self.try_out()
         nvcc = find_nvcc()
         self.cuda = Cuda(nvcc) if nvcc else None
         found: dict[str, str | None] = {}
@@ -217,8 +265,22 @@ class Toolchain:
             print(f"coordatt_fast: no CUDA kernels: {why}", flush=True)
             self.cuda = None
 
-    def ask(self, option: str) -> str:
-        return subprocess.run([*self.cxx, option], check=True, capture_output=True, text=True).stdout.strip()
+    @staticmethod
+    def broken(why: str) -> SystemExit:
+        named = f"CXX={os.environ['CXX']}: " if os.environ.get("CXX") else ""
+        return SystemExit(
+            f"coordatt_fast: {named}the C++ compiler is broken: {why}; set CXX to another, or "
+            "COORDATT_FAST_NO_BUILD=1 to install without the compiled library, in pure Python"
+        )
+
+    def try_out(self) -> None:
+        """Tells what is no C++ compiler from a fault in our sources."""
+        command = [*self.cxx, "-std=c++17", "-x", "c++", "-E", "-"]
+        if "COORDATT_FAST" not in answer(command, self.broken, "#include <vector>\nCOORDATT_FAST\n"):
+            raise self.broken(f"{shlex.join(command)} does something else")
+        for name in filter(None, os.environ.get("SANITIZE", "").split(",")):
+            if not self.accepts([f"-fsanitize={name}"]):
+                raise wrong("SANITIZE", f"no -fsanitize={name} in {self.cxx[0]}; expected address, undefined")
 
     def accepts(self, flags: list[str]) -> bool:
         command = [*self.cxx, *flags, "-x", "c++", "-fsyntax-only", "-"]
@@ -247,11 +309,20 @@ def toolchain() -> Toolchain | Skip:
 def mode() -> tuple[str, list[str]]:
     """Name and flags of the kind of build that the environment asks for."""
     sanitize = os.environ.get("SANITIZE", "")
-    debug = os.environ.get("DEBUG", "0") not in ("", "0") or bool(sanitize)
+    # Other programs use this name too, with values of their own.
+    debug = os.environ.get("DEBUG", "").strip() == "1" or bool(sanitize)
     flags = ["-O1", "-g"] if debug else ["-O3"]
     if sanitize:
         flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
     return "-".join(["debug" if debug else "release", *filter(None, sanitize.split(","))]), flags
+
+
+def jobs() -> list[str]:
+    """How many files ninja compiles at a time, as its option."""
+    value = os.environ.get("MAX_JOBS", "").strip()
+    if value and not re.fullmatch(r"0*[1-9][0-9]{0,4}", value):
+        raise wrong("MAX_JOBS", "expected a positive number, how many files are compiled at a time")
+    return ["-j", value] if value else []
 
 
 def nvcc_rule(tools: Toolchain) -> list[str]:
@@ -391,8 +462,7 @@ class BuildLibrary(build_ext):
             + (f"nvcc {tools.cuda.version}, {', '.join(tools.cuda.archs)}" if tools.cuda else "no CUDA"),
             flush=True,
         )
-        jobs = os.environ.get("MAX_JOBS")
-        command = [tools.ninja, "-f", str(folder / "build.ninja"), *(["-j", jobs] if jobs else [])]
+        command = [tools.ninja, "-f", str(folder / "build.ninja"), *jobs()]
         if subprocess.run(command, cwd=ROOT).returncode:
             raise SystemExit(
                 "coordatt_fast: compiling the library failed (see above). "
@@ -436,8 +506,7 @@ def missing_torch() -> list[str]:
         find_compiler()
     except Skip:
         return []
-    skipped = os.environ.get("COORDATT_FAST_NO_BUILD", "0") not in ("", "0")
-    return [] if skipped or find_torch() else ["torch>=2.11"]
+    return [] if switch("COORDATT_FAST_NO_BUILD") or find_torch() else ["torch>=2.11"]
 
 
 setup(

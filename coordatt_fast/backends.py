@@ -15,8 +15,8 @@ from coordatt_fast import library
 NAMES = ("cpu", "cuda", "triton", "reference")
 AUTO = "auto"
 
-# Triton reads this when it is imported; its kernels then also run, slowly, on CPU tensors.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") in ("1", "true", "on", "yes", "y")
+# As Triton reads it, when it is imported; its kernels then also run, slowly, on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 # What auto takes beside cpu, and cuda (whose table is csrc/cuda/verified.h): backends whose tests have passed
 # on a real device (make gpu).
 VERIFIED: frozenset[str] = frozenset()
@@ -158,6 +158,7 @@ _default = _valid(os.environ.get("COORDATT_FAST_BACKEND") or AUTO, "COORDATT_FAS
 class _Choice(threading.local):
     def __init__(self) -> None:
         self.name = _default
+        self.entries: list[list[str]] = []  # the with blocks that are open, the innermost last
 
 
 # Read at every call: what use_backend asked for in this thread, else COORDATT_FAST_BACKEND, else auto.
@@ -165,15 +166,27 @@ class _Choice(threading.local):
 choice = _Choice()
 
 
+class _Here:
+    """choice as the thread sees it that made this, seen from any thread."""
+
+    def __init__(self) -> None:
+        self.__dict__ = choice.__dict__
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the with block, in this thread, calls use the backend of that name.
 
     "auto" takes the fastest that can run and falls back; a named one raises RuntimeError in a call it cannot
-    serve. Raises ValueError for an unknown name. Compiled code is compiled again for another choice.
+    serve. Of the blocks that are open the one entered last counts, in whatever order they are left. Raises
+    ValueError for an unknown name. Compiled code is compiled again for another choice.
     """
-    before, choice.name = choice.name, _valid(name, "the name of the backend")
+    mine = [_valid(name, "the name of the backend")]
+    # A generator may be closed in another thread than it was started in.
+    here = choice if torch.compiler.is_compiling() else _Here()
+    here.entries, here.name = [*here.entries, mine], name
     try:
         yield
     finally:
-        choice.name = before
+        entries = [entry for entry in here.entries if entry is not mine]
+        here.entries, here.name = entries, entries[-1][0] if entries else _default

@@ -84,3 +84,14 @@ def parameters(x: Tensor, tensors: tuple, names: tuple, autocast: bool, broadcas
         if not (autocast or wide or tensor.dtype == x.dtype):
             wanted = "convert one of them, or call under torch.autocast for x in half precision"
             raise RuntimeError(f"{name} is {tensor.dtype}, x is {x.dtype}: {wanted}")
+
+
+def convolution(x: Tensor, weight: Tensor, name: str, groups: int, autocast: bool) -> None:
+    """Raises RuntimeError where a convolution with this weight does not take a map like x."""
+    if x.shape[1] != weight.shape[1] * groups:
+        takes = f"{name} {list(weight.shape)} takes {weight.shape[1] * groups}"
+        raise RuntimeError(f"x has {x.shape[1]} channels (shape {list(x.shape)}), {takes}")
+    if weight.device != x.device:
+        raise RuntimeError(f"{name} is on {weight.device}, x is on {x.device}: move one of them")
+    if weight.dtype != x.dtype and not autocast:
+        raise RuntimeError(f"{name} is {weight.dtype}, x is {x.dtype}: convert one of them")

@@ -35,6 +35,7 @@ ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu
 CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
@@ -63,10 +64,11 @@ class Passes(NamedTuple):
 class Plan:
     """How one call of a CoordAtt runs.
 
-    tier: "fused", "hybrid" or "reference"; "original" where an accelerated module runs its own forward.
+    tier: "fused", "hybrid" or "reference"; "original" where the module runs a forward that is not ours.
     backend: "cpu", "cuda", "triton" or "reference".
     reason: in words.
-    passes: over full-size tensors, "forward" and, where a gradient is recorded, "backward".
+    passes: over full-size tensors, "forward" and, where a gradient is recorded, "backward"; for "original"
+    those of plain PyTorch.
     bytes: what these passes move for this x.
     """
 
@@ -221,6 +223,19 @@ def autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and _is_autocast_enabled(kind)
 
 
+def laid_out(child: Module, y: Tensor) -> Tensor:
+    """y [N, M, L, 1] of the hybrid tier in the memory format that child computes best in.
+
+    Plain convolutions take channels dense. All else takes contiguous tensors, since PyTorch sums the
+    statistics of channels_last ones less exactly, and in float16 within its range; so do convolutions in half
+    precision, which let NaN into other pixels of channels_last ones.
+    """
+    if type(y) not in _PLAIN or y.dim() != 4:
+        return y
+    dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y))
+    return y.contiguous(memory_format=torch.channels_last if dense else torch.contiguous_format)
+
+
 def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
     """Whether ops.gate returns what x * sigmoid(s_w) * sigmoid(s_h) does: no other broadcasting, no
     promotion."""
@@ -347,18 +362,71 @@ def _counted(passes: dict[str, Passes], mid: int, x: Tensor) -> dict[str, Passes
     return counted
 
 
+def _foreign_forward(module: Module) -> str | None:
+    """Why a call of the module runs another forward than this package's; None when it does not."""
+    forward, own = type(module).forward, module.__dict__.get("forward")
+    if own is not None and (getattr(own, "__self__", None), getattr(own, "__func__", None)) != (
+        module,
+        forward,
+    ):
+        return "its forward was replaced on the instance"
+    ours = getattr(forward, "__module__", None) or ""
+    if ours.partition(".")[0] != __name__.partition(".")[0] or hasattr(forward, "__wrapped__"):
+        return f"{type(module).__name__} has a forward of its own, in place of this package's or around it"
+    return None
+
+
+def _around(module: Module) -> str:
+    """What else takes part in a call of the module, for the reason."""
+    parts = []
+    if module._forward_pre_hooks:
+        parts.append("; its forward pre-hooks may hand it another x")
+    if module._forward_hooks:
+        parts.append("; its forward hooks may return something else")
+    return "".join(parts)
+
+
+def _refuse(children: dict, x: Tensor, found: tuple | Detour, checked: bool) -> None:
+    """Raises what a call by these children would raise for x, as far as that is certain without computing.
+
+    checked: whether the call checks its tensors before PyTorch does, which takes wrong ones without images.
+    """
+    if checked:
+        check_plain(children, x)
+    if not is_eager(x):
+        return
+    if x.layout is not torch.strided:
+        raise NotImplementedError(f"x has the layout {x.layout}, expected torch.strided")
+    if not checked and x.numel():
+        check_plain(children, x)
+    conv1 = children.get("conv1")
+    if type(conv1) is Conv2d and not (_pre_hooks or conv1._forward_pre_hooks or "forward" in conv1.__dict__):
+        if not special_pools(children):
+            checks.convolution(x, conv1.weight, "conv1.weight", conv1.groups, autocast(x))
+    inplace = type(found) is tuple and found[-1] is not None
+    if inplace and not torch.is_grad_enabled() and torch._debug_has_internal_overlap(x) == 1:
+        shared = f"x has elements that share memory: strides {x.stride()}"
+        raise RuntimeError(f"{shared}; inplace=True writes into it")
+
+
 def explain(module: Module, x: Tensor) -> Plan:
     """How module(x) would run now: in this grad mode, under this autocast and use_backend. Computes nothing.
 
-    module is a CoordAtt or was accelerated (TypeError otherwise); raises what the call itself would raise
-    before computing.
+    module is a CoordAtt or was accelerated (TypeError otherwise). Raises what the call itself would raise
+    before computing, and for an x that its first convolution does not take. Hooks are not run.
     """
-    accelerated = getattr(module, "_coordatt_fast", None)
+    accelerated = getattr(module, "__dict__", {}).get("_coordatt_fast")
+    foreign = _foreign_forward(module) if isinstance(module, Module) else None
     if accelerated is not None:
-        skip, pools, found = accelerated.skip, False, accelerated.arguments(module, x)
-    elif set(CHILDREN) <= module._modules.keys() and "inplace" in module.__dict__:
+        skip, pools = accelerated.skip, False
+        found = Detour(ORIGINAL, foreign) if foreign else accelerated.arguments(module, x)
+    elif (
+        isinstance(module, Module)
+        and set(CHILDREN) <= module._modules.keys()
+        and "inplace" in module.__dict__
+    ):
         skip, pools = module.skip, special_pools(module._modules)
-        found = arguments(module.__dict__, x)
+        found = Detour(ORIGINAL, foreign) if foreign else arguments(module.__dict__, x)
     else:
         name = f"{type(module).__module__}.{type(module).__name__}"
         raise TypeError(f"explain takes a coordatt_fast.CoordAtt or an accelerated module, got a {name}")
@@ -366,11 +434,19 @@ def explain(module: Module, x: Tensor) -> Plan:
         tier, reason = FUSED, "every child is what the fused kernels compute"
     else:
         tier, reason = found
+    if tier != ORIGINAL:
+        if accelerated is None:
+            _refuse(module._modules, x, found, checked=True)
+        elif tier == FUSED or accelerated.chain[:1] == (accelerated.conv1,):
+            _refuse(accelerated.children(module), x, found, checked=tier == FUSED)
     passes = _passes(tier, pools, skip)
     if not (
-        torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters()))
+        torch.is_grad_enabled()
+        and (getattr(x, "requires_grad", False) or any(p.requires_grad for p in module.parameters()))
     ):
         del passes["backward"]
+    elif tier != ORIGINAL and x.is_inference():
+        raise RuntimeError("x was made in inference mode and cannot be saved for backward: clone it")
     backend = ops.operators(x).name if tier in (FUSED, HYBRID) else REFERENCE
     if tier == FUSED and x.numel():
         if backend == "triton":
@@ -380,5 +456,6 @@ def explain(module: Module, x: Tensor) -> Plan:
             way = ops.cuda_forward_way(x, found[0][0].shape[0], training)
             reason = f"{reason}; forward by {way}"
             passes["forward"] = passes["forward"] if way == "chain" else Passes(1, 1)
-    moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
-    return Plan(tier, backend, reason, passes, moved)
+    size = x.numel() * x.element_size() if isinstance(x, Tensor) else 0
+    moved = sum(p.reads + p.writes for p in passes.values()) * size
+    return Plan(tier, backend, reason + _around(module), passes, moved)

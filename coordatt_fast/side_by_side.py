@@ -131,10 +131,12 @@ def awake(model: nn.Module) -> int:
 
 
 def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Root mean square of every tensor's error over that of the truth; infinite for NaN or another shape."""
+    """Root mean square of every tensor's error over that of the truth, where that is finite; infinite where
+    only one of the two is NaN or infinite, and for another shape."""
 
     def size(t: Tensor) -> float:
-        return t.double().square().mean().sqrt().item() if t.numel() else 0.0
+        finite = t.double()[t.isfinite()]
+        return finite.square().mean().sqrt().item() if finite.numel() else 0.0
 
     if found.keys() != truth.keys():
         return {name: float("inf") for name in found.keys() ^ truth.keys()}
@@ -147,8 +149,8 @@ def _errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, flo
             continue
         same = (have == right) | (have.isnan() & right.isnan())
         scale = size(right) if size(right) > _CANCELLED * largest else largest
-        error = size(torch.where(same, 0.0, have - right)) / (scale or 1.0)
-        errors[name] = error if error == error else float("inf")
+        wrong = torch.where(same, 0.0, have - right)
+        errors[name] = size(wrong) / (scale or 1.0) if wrong.isfinite().all() else float("inf")
     return errors
 
 

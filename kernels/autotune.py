@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import threading
 from functools import partial
@@ -15,7 +16,12 @@ from coordatt_fast.backends import INTERPRETED
 
 from . import tables
 
-ON = os.environ.get("COORDATT_FAST_AUTOTUNE") == "1" and not INTERPRETED
+log = logging.getLogger(__name__)
+
+_wanted = os.environ.get("COORDATT_FAST_AUTOTUNE", "").strip()
+if _wanted not in ("", "0", "1"):
+    log.warning("COORDATT_FAST_AUTOTUNE=%s has no effect: expected 0 or 1", _wanted)
+ON = _wanted == "1" and not INTERPRETED
 _found, _lock, _trial = {}, threading.Lock(), threading.local()  # _trial.bc: what this thread is timing
 
 

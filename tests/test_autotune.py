@@ -126,6 +126,7 @@ print(autotune.ON, hasattr(launch._constants_of, "cache_info"))
 @pytest.mark.parametrize(
     "settings, on",
     [({}, False), ({"COORDATT_FAST_AUTOTUNE": "0"}, False), ({"COORDATT_FAST_AUTOTUNE": "1"}, True),
+     ({"COORDATT_FAST_AUTOTUNE": "always"}, False),
      ({"COORDATT_FAST_AUTOTUNE": "1", "TRITON_INTERPRET": "1"}, False)],
 )  # fmt: skip
 def test_off_by_default_and_in_the_interpreter(settings, on):
@@ -134,3 +135,5 @@ def test_off_by_default_and_in_the_interpreter(settings, on):
         [sys.executable, "-c", PROGRAM], env=env | settings, capture_output=True, text=True
     )
     assert result.stdout.split() == [str(on), str(not on)], result.stderr
+    warned = "COORDATT_FAST_AUTOTUNE=always has no effect: expected 0 or 1" in result.stderr
+    assert warned == ("always" in settings.values())

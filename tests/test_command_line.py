@@ -1,6 +1,7 @@
 """The command line as a user meets it: info, bench and verify, their output and exit status."""
 
 import copy
+import io
 import math
 import os
 import re
@@ -19,6 +20,10 @@ from coordatt_fast.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = '''
+import math
+import os
+import sys
+
 import torch
 from torch import nn
 from paper import PaperCoordAtt
@@ -110,6 +115,78 @@ def number():
     return 3
 
 
+def leaves():
+    sys.exit(0)
+
+
+def leaves_with_words():
+    sys.exit("no licence")
+
+
+def recursive():
+    return recursive()
+
+
+def closes():
+    sys.stdout.close()
+    return two_kinds()
+
+
+class LeavesInForward(PaperCoordAtt):
+    def forward(self, x):
+        sys.exit(0)
+
+
+class OnlyWithGradients(Small):
+    def forward(self, x):
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("not like this")
+        return super().forward(x)
+
+
+class Outside(Small):
+    def forward(self, x):
+        sys.exit(0)
+
+
+class Masked(Small):
+    """Infinities and NaN in its outputs, as masks leave them."""
+
+    def forward(self, x):
+        maps = self.attention(self.stem(x))
+        masked = maps.masked_fill(maps > 0.5, -math.inf)
+        return masked, masked.detach().exp().log() * 0, maps
+
+
+def leaves_when_tried():
+    return nn.Sequential(nn.Conv2d(3, 8, 1), LeavesInForward(8, 8))
+
+
+def without_gradients():
+    torch.set_grad_enabled(False)
+    return two_kinds()
+
+
+def forks():
+    sys.stdout.flush()
+    os.fork()
+    return two_kinds()
+
+
+def lazy():
+    return nn.Sequential(nn.LazyConv2d(8, 1), PaperCoordAtt(8, 8))
+
+
+def interrupts():
+    raise KeyboardInterrupt
+
+
+class Guarded:
+    def __getattr__(self, name):
+        raise RuntimeError("closed")
+
+
+guarded = Guarded()
 instance = two_kinds()
 width = 8
 '''
@@ -257,6 +334,21 @@ WRONG = {
     "zero": (["my_models:two_kinds", "--input", "1,3,0,8"], ["--input", "'1,3,0,8'", "positive integers"]),
     "threads": (["my_models:two_kinds", "--threads", "0"], ["--threads", "'0'", "a positive integer"]),
     "two modes": (["my_models:two_kinds", "--train", "--eval"], ["--train", "--eval"]),
+    "many threads": (["my_models:two_kinds", "--threads", "100000"], ["--threads", "'100000'", "up to 256"]),
+    "endless rounds": (["my_models:two_kinds", "--rounds", "9" * 5000], ["--rounds", "a positive integer up to"]),
+    "larger than memory": (["my_models:two_kinds", "--input", "1,3,900000,900000"], ["--input 1,3,900000,900000", "this machine has"]),
+    "larger than numbers": (["my_models:two_kinds", "--input", "9" * 30], ["--input", "positive integers"]),
+    "many dimensions": (["my_models:two_kinds", "--input", ",".join("1" * 70)], ["--input 1,1,1", "RuntimeError"]),
+    "factory that exits": (["my_models:leaves"], ["'my_models:leaves'", "SystemExit: 0", "returns the model"]),
+    "factory that exits with words": (["my_models:leaves_with_words"], ["SystemExit: no licence"]),
+    "factory without end": (["my_models:recursive"], ["'my_models:recursive'", "RecursionError"]),
+    "exit": (["sys:exit"], ["'sys:exit'", "SystemExit"]),
+    "model that exits": (["my_models:Outside", "--input", "1,3,8,8"], ["--input 1,3,8,8", "eval mode", "SystemExit: 0"]),
+    "block that exits": (["my_models:leaves_when_tried"], ["'my_models:leaves_when_tried'", "SystemExit: 0"]),
+    "model that cannot be measured": (["my_models:OnlyWithGradients", "--input", "1,3,8,8", "--eval"], ["'my_models:OnlyWithGradients'", "measuring it in eval mode", "not like this"]),
+    "lazy": (["my_models:lazy"], ["'my_models:lazy'", "uninitialized parameter"]),
+    "attribute that raises": (["my_models:guarded.make"], ["looking for make", "RuntimeError: closed"]),
+    "relative": (["..:make"], ["'..:make'", "TypeError"]),
 }
 
 
@@ -271,10 +363,65 @@ def test_verify_names_what_is_wrong(case, models, capsys):
 
 
 def test_wrong_shape_and_command(capsys):
-    for arguments, word in ((["bench", "--shape", "8,96,56"], "4 positive integers"), (["mend"], "'mend'")):
+    for arguments, word in (
+        (["bench", "--shape", "8,96,56"], "4 positive integers"),
+        (["bench", "--shape", "1,8,900000,900000"], "argument --shape 1,8,900000,900000: takes"),
+        (["bench", "--shape", "1,9000000,1,1"], "argument --shape 1,9000000,1,1: takes"),
+        (["bench", "--threads", "100000"], "argument --threads: '100000'"),
+        (["mend"], "'mend'"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["bench", "--shape", "1,8,5,6"], ["verify", "my_models:two_kinds"]])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backend_that_cannot_run_here(name, command, models, capsys):
+    with coordatt_fast.use_backend(name), pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert f"COORDATT_FAST_BACKEND={name}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_interrupted(models, capsys):
+    assert main(["verify", "my_models:interrupts"]) == 130
+    assert capsys.readouterr().err == "coordatt-fast: interrupted\n"
+
+
+def test_a_factory_that_leaves_its_mark(models, capsys):
+    """Gradients switched off; infinities and NaN that both models have are no difference."""
+    options = ["--input", "2,3,8,9", "--rounds", "1"]
+    with torch.enable_grad():
+        assert main(["verify", "my_models:without_gradients", *options]) == 0
+    assert main(["verify", "my_models:Masked", *options]) == 0
+    assert capsys.readouterr().out.count("times as fast") == 4
+
+
+def test_a_factory_that_closes_the_output(models, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "my_models:closes"])
+    assert stopped.value.code == 2 and "closed the standard output" in capsys.readouterr().err
+
+
+def test_a_factory_that_forks(models):
+    result = run("verify", "my_models:forks", "--input", "1,3,8,8", "--eval", "--rounds", "1", cwd=models)
+    assert result.returncode == 0 and result.stdout.count("times as fast") == 1, result.stderr
+    assert "'my_models:forks': calling it started a second process" in result.stderr
+
+
+def test_a_reader_that_leaves(models):
+    """As head does: no traceback."""
+    command = [sys.executable, "-u", "-m", "coordatt_fast", "info"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    path = {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, env=os.environ | path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writing)
+    assert result.returncode == 141 and not result.stderr, result.stderr
 
 
 def test_wrong_arguments_in_a_process_of_its_own(models):

@@ -2,9 +2,11 @@
 or raise.
 """
 
+import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import tolerances
@@ -15,6 +17,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from coordatt_fast import CoordAtt, backends, coord_att, explain, use_backend
+from coordatt_fast.backends import _default, choice
 
 CASE = Case((2, 12, 5, 7), 8, norm="running")
 FUSED_OPS = {"coordatt_fast::attend", "coordatt_fast::attend_out"}
@@ -127,6 +130,103 @@ def test_choice_is_restored():
         assert tier() == "reference"
         raise KeyError
     assert tier() == before
+
+
+@pytest.fixture
+def chosen():
+    """The name that counts in this thread; every block of the test has to be left."""
+    before = choice.name
+    yield lambda: choice.name
+    assert choice.name == before and choice.entries == []
+
+
+def test_blocks_left_in_the_wrong_order(chosen):
+    """What is open counts, the last entered first; each of the 3! orders."""
+    start = chosen()
+    for order in itertools.permutations(range(3)):
+        names = ["reference", "auto", "reference"]
+        blocks = [use_backend(name) for name in names]
+        for block in blocks:
+            block.__enter__()
+        left = list(range(3))
+        for index in order:
+            blocks[index].__exit__(None, None, None)
+            left.remove(index)
+            assert chosen() == (names[left[-1]] if left else start), order
+
+
+def test_generators_that_hold_a_block(chosen):
+    """Two interleaved; one left by an exception, one never finished."""
+
+    def steps(name):
+        with use_backend(name):
+            yield chosen()
+            yield chosen()
+
+    start = chosen()
+    first, second = steps("reference"), steps("auto")
+    assert [next(first), next(second)] == ["reference", "auto"]
+    first.close()
+    assert chosen() == "auto" and next(second) == "auto"
+    with pytest.raises(KeyError):
+        second.throw(KeyError)
+    assert chosen() == start
+
+
+def test_a_block_left_in_another_thread(chosen):
+    """As where the garbage collector closes a generator: it ends where it began, and nowhere else."""
+    start, there = chosen(), []
+
+    def steps():
+        with use_backend("reference"):
+            yield
+
+    def elsewhere(generator):
+        with use_backend("auto"):
+            generator.close()
+            there.append(choice.name)
+        there.append(choice.name)
+
+    generator = steps()
+    next(generator)
+    thread = threading.Thread(target=elsewhere, args=(generator,))
+    thread.start()
+    thread.join()
+    assert chosen() == start and there == ["auto", _default]
+
+
+def test_an_unknown_name_leaves_the_choice_alone(chosen):
+    with use_backend("reference"):
+        for name in ("tpu", None, 3, "CPU"):
+            with pytest.raises(ValueError, match="expected one of auto"), use_backend(name):
+                pass
+            assert chosen() == "reference"
+
+
+def test_blocks_in_compiled_code(chosen):
+    """Inside one graph, nested, and again after it."""
+    d = data(CASE)
+    module = build(CoordAtt, CASE, d.params)
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def call(x):
+        with use_backend("reference"):
+            y = module(x)
+            with use_backend("auto"):
+                y = module(y)
+        return y
+
+    with torch.no_grad():
+        compiled = torch.compile(call, fullgraph=True, backend=backend)
+        for _ in range(2):
+            assert max(tolerances.errors(compiled(d.x), call(d.x))) < 1e-5
+    assert len(graphs) == 1 and len([t for t in graphs[0] if "sigmoid" in t]) >= 2
+    fast = len([t for t in graphs[0] if "coordatt_fast" in t])
+    assert fast == (1 if backends()["cpu"].available else 0)
 
 
 def test_unknown_backend_names_the_valid_ones():
