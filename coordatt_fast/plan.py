@@ -40,7 +40,7 @@ _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
-_functorch_level = torch._C._functorch.maybe_current_level
+_in_functorch = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _float32 = torch.float32
 
@@ -90,7 +90,7 @@ def obstacle(x) -> str | None:
     if type(x) not in _PLAIN:
         checks.not_a_map(x)
         why = f"x is a {type(x).__name__}, not a plain tensor"
-    elif _functorch_level() is not None:
+    elif _in_functorch():
         why = "inside a torch.func transform"
     elif forward_ad._current_level >= 0:
         why = "forward-mode AD"
@@ -232,7 +232,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
     """What ops.attention takes after x when this call is fused; else which tier it takes, and why.
 
     settings: a CoordAtt's instance dictionary, or what wiring.py puts in its place ("_modules" by CoordAtt's
-    names, "skip", "inplace"). Every call passes here. It reads instance dictionaries:
+    names, "skip", and "_inplace" where it is so). Every call passes here. It reads instance dictionaries:
     nn.Module.__getattr__ would cost more than the operator.
     """
     why = obstacle(x)
@@ -315,7 +315,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
         if why := dtype_obstacle(x, tensors, checks.MODULE_NAMES):
             return Detour(HYBRID, why)
     weights = (w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw)
-    out = x if settings["inplace"] else None
+    out = x if settings.get("_inplace") else None
     return weights, norm, activation, settings["skip"], tracked, momentum, update, out
 
 
@@ -354,7 +354,7 @@ def explain(module: Module, x: Tensor) -> Plan:
     accelerated = getattr(module, "_coordatt_fast", None)
     if accelerated is not None:
         skip, pools, found = accelerated.skip, False, accelerated.arguments(module, x)
-    elif set(CHILDREN) <= module._modules.keys() and "inplace" in module.__dict__:
+    elif set(CHILDREN) <= module._modules.keys() and "_inplace" in module.__dict__:
         skip, pools = module.skip, special_pools(module._modules)
         found = arguments(module.__dict__, x)
     else:
