@@ -208,8 +208,8 @@ def attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
 
 def attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, result):
     _check_map(result, x, "out")
-    # A copy where the kernels cannot walk it, where it lies crossways to x, and where it would be written while
-    # it is still read; x itself is read before it is written.
+    # A copy where the kernels cannot walk it, where it lies crossways to x, and where it would be written
+    # while it is still read; x itself is read before it is written.
     crossways = _layout_of(result.shape, result.stride(), _layout_of(x.shape, x.stride()).nhwc)
     writable = crossways.native and all(n <= 1 or s > 0 for n, s in zip(result.shape, result.stride()))
     in_place = result.data_ptr() == x.data_ptr() and result.stride() == x.stride()
