@@ -116,13 +116,14 @@ def cuda_forward_way(x, mid: int, training: bool) -> str:
 
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _in_functorch = torch._C._are_functorch_transforms_active
 
 
 def _below_autograd():
     """Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is
     wanted. The compiler wants none, and cannot trace it."""
-    return contextlib.nullcontext() if _is_compiling() else torch._C._AutoDispatchBelowAutograd()
+    return contextlib.nullcontext() if _is_compiling() else _BelowAutograd()
 
 
 # The whole function --------------------------------------------------------------------------------
