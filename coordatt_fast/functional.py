@@ -43,7 +43,8 @@ def coord_att(
     activation: "hard_swish", "silu", "relu" or "relu6".
     skip: adds x to the result.
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
-    out: takes the result, in x's shape and dtype; RuntimeError when a gradient is recorded.
+    out: takes the result, in x's shape and dtype, and may overlap x or a parameter; RuntimeError when a
+    gradient is recorded, or out requires one and gradients are on.
 
     Raises ValueError for an x that is not four-dimensional, an unknown activation, an eps that is negative
     (in training: or zero), or inplace with out; RuntimeError for parameters of other shapes, dtype or device
@@ -64,7 +65,7 @@ def coord_att(
     tensors = (*affine, running_mean, running_var, *gates)
     if out is not None:
         checks.output(out, x)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors, out)):
             raise RuntimeError("out= records no gradient, but an argument requires one: use torch.no_grad()")
 
     if plan.functional_obstacle(x, tensors) is None:

@@ -56,7 +56,8 @@ class CoordAtt(nn.Module):
         self.conv_h = nn.Conv2d(mid_channels, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
         self.conv_w = nn.Conv2d(mid_channels, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
         self.skip = skip
-        self.inplace = inplace
+        # Not "inplace": frameworks switch that on in every module that has it.
+        self._inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
         arguments = plan.arguments(self.__dict__, x)
@@ -81,12 +82,20 @@ class CoordAtt(nn.Module):
         s_h, s_w = self.conv_h(y_h), self.conv_w(y_w)
         fast = fast and plan.gate_fits(x, s_h, s_w)
         out = ops.gate(x, s_h, s_w, self.skip) if fast else reference.gate(x, s_h, s_w, self.skip)
-        if self.inplace and not (torch.is_grad_enabled() and out.requires_grad):
+        if self._inplace and not (torch.is_grad_enabled() and out.requires_grad):
             return x.copy_(out)
         return out
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}=True" for name in ("skip", "inplace") if getattr(self, name))
+        settings = {"skip": self.skip, "inplace": self._inplace}
+        return ", ".join(f"{name}=True" for name, value in settings.items() if value)
+
+    def __setstate__(self, state: dict) -> None:
+        # As pickles have it that were made when it was called so.
+        if "_inplace" not in state:
+            state = dict(state)
+            state["_inplace"] = state.pop("inplace", False)
+        super().__setstate__(state)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return Scriptable(self._modules, self.skip, self.training)

@@ -8,6 +8,7 @@ around each op, a third of the cost of a registered formula; the compiler and op
 formulas. Both run the same code.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -29,7 +30,7 @@ _PARAMETERS = (
 # As in csrc/bindings.h.
 _SCHEMAS = (
     f"attend(Tensor x, {_PARAMETERS}, int activation, bool skip) -> Tensor",
-    f"attend_out(Tensor x, {_PARAMETERS}, int activation, bool skip, *, Tensor(a!) out) -> ()",
+    f"attend_out(Tensor x, {_PARAMETERS}, int activation, bool skip, Tensor(a!) result) -> ()",
     f"attend_train(Tensor x, {_PARAMETERS}, int norm, int activation, bool skip) -> (Tensor out, "
     "Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)",
     f"attend_train_update(Tensor x, {_PARAMETERS}, int norm, int activation, bool skip, "
@@ -104,7 +105,8 @@ def operators(x) -> _Operators:
 
 def is_long(x) -> bool:
     """Whether x's lines are beyond what a block of the CUDA kernels has room for."""
-    return x.shape[2] + x.shape[3] > (2048 if x.dtype is torch.float64 else 4096)
+    # A branch, so that dynamic sizes become a guard and a plain bool goes on.
+    return True if x.shape[2] + x.shape[3] > (2048 if x.dtype is torch.float64 else 4096) else False
 
 
 def cuda_forward_way(x, mid: int, training: bool) -> str:
@@ -112,12 +114,16 @@ def cuda_forward_way(x, mid: int, training: bool) -> str:
     return _cuda.packets.cuda_forward_way(x, mid, training)
 
 
-# Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is
-# wanted.
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
-_functorch_level = torch._C._functorch.maybe_current_level
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_in_functorch = torch._C._are_functorch_transforms_active
+
+
+def _below_autograd():
+    """Keeps a call from entering the registered formula's kernel, which costs 10 us also where no gradient is
+    wanted. The compiler wants none, and cannot trace it."""
+    return contextlib.nullcontext() if _is_compiling() else _BelowAutograd()
 
 
 # The whole function --------------------------------------------------------------------------------
@@ -157,10 +163,7 @@ def _attend_into(ops, out, x, weights, activation, skip):
     compiling = _is_compiling()
     if not compiling and torch._debug_has_internal_overlap(out) == 1:
         raise RuntimeError(f"out (x, if in place) has elements that share memory: strides {out.stride()}")
-    if not compiling and out is not x and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        # The two may overlap: written while it is read, x would come out wrong.
-        return out.copy_(ops.attend(x, *weights, activation, skip))
-    ops.attend_out(x, *weights, activation, skip, out=out)
+    ops.attend_out(x, *weights, activation, skip, out)
     if not compiling and not out.is_inference():
         torch.autograd.graph.increment_version(out)  # the operators do not
     return out
@@ -256,7 +259,7 @@ def _is_observed():
     """Whether a backward pass is itself differentiated or transformed: then it runs through the reference."""
     if _is_compiling():
         return False
-    return _is_grad_enabled() or _functorch_level() is not None or forward_ad._current_level >= 0
+    return _is_grad_enabled() or _in_functorch() or forward_ad._current_level >= 0
 
 
 def _reference_gradients(function, inputs, needed, grad):
@@ -399,10 +402,6 @@ def _fake_attend(x, *parameters):
     return _made_of(x, skip=parameters[-1])
 
 
-def _fake_attend_out(x, *parameters, out):
-    return None
-
-
 def _fake_attend_train(x, w1, *parameters):
     skip = parameters[12]
     n, c, h, w = x.shape
@@ -465,7 +464,7 @@ def _backward_flops(
 def _register(ops: _Operators) -> None:
     fakes = {
         ops.attend: _fake_attend,
-        ops.attend_out: _fake_attend_out,
+        ops.attend_out: lambda *args: None,
         ops.train: _fake_attend_train,
         ops.backward: _fake_attend_backward,
         ops.train_update: _fake_attend_train,
@@ -483,9 +482,10 @@ def _register(ops: _Operators) -> None:
         (ops.gate, _gate_gradients, _keep_for_gate_backward),
     ):
         torch.library.register_autograd(op, backward, setup_context=functools.partial(keep, ops=ops))
-    for op in (ops.packets.attend, ops.packets.attend_out, ops.packets.attend_train):
+    packets = ops.packets
+    for op in (packets.attend, packets.attend_out, packets.attend_train, packets.attend_train_update):
         register_flop_formula(op)(_convolution_flops)
-    register_flop_formula(ops.packets.attend_backward)(_backward_flops)
+    register_flop_formula(packets.attend_backward)(_backward_flops)
 
 
 _register(_triton)

@@ -22,6 +22,7 @@ from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
 from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
 from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
+from torch.nn.utils import parametrize
 
 from coordatt_fast import checks, library, ops
 from coordatt_fast.backends import AUTO, choice, serving
@@ -41,9 +42,9 @@ _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
-_functorch_level = torch._C._functorch.maybe_current_level
+_in_functorch = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
-_float32 = torch.float32
+_float32, _int64 = torch.float32, torch.int64
 
 
 class Detour(NamedTuple):
@@ -92,7 +93,7 @@ def obstacle(x) -> str | None:
     if type(x) not in _PLAIN:
         checks.not_a_map(x)
         why = f"x is a {type(x).__name__}, not a plain tensor"
-    elif _functorch_level() is not None:
+    elif _in_functorch():
         why = "inside a torch.func transform"
     elif forward_ad._current_level >= 0:
         why = "forward-mode AD"
@@ -103,7 +104,7 @@ def obstacle(x) -> str | None:
         shape = x.shape
         if len(shape) != 4 or shape[2] == 0 or shape[3] == 0:
             checks.map_size(x)
-        if x.dtype not in _DTYPES:
+        if x.dtype is not _float32 and x.dtype not in _DTYPES:
             raise NotImplementedError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
         name = choice.name
         if x.is_cpu and ops.LOADED and (name == AUTO or name == "cpu"):
@@ -176,10 +177,11 @@ def observed(child: Module | None) -> bool:
     """Whether a call of the child does more than its class says."""
     if child is None or _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
         return True
+    # As attributes: the compiler then sets no guards on hooks where there are none, and one on forward.
     hooks = (
         child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
     )
-    return bool(hooks) or "forward" in child.__dict__
+    return bool(hooks or child.forward is None or "forward" in child.__dict__)
 
 
 def special_pools(children: dict) -> bool:
@@ -245,11 +247,39 @@ def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
     return plain and kinds == {x.dtype} and s_h.shape == (n, c, h, 1) and s_w.shape == (n, c, 1, w)
 
 
+def _why_called(child: Module, children: dict) -> str:
+    """Why an observed child has to be called."""
+    name = next(name for name in CHILDREN if children[name] is child)
+    if "forward" in child.__dict__:
+        return f"{name} has a forward of its own"
+    for tensor in ("weight", "bias"):
+        # weight_norm, spectral_norm and pruning keep what they compute as a plain attribute.
+        if tensor in child.__dict__:
+            return f"{name}.{tensor} is computed before each call, by a hook (weight_norm, pruning)"
+    return f"{name} has hooks"
+
+
+def _why_foreign(names: tuple, cls: type, children: dict) -> str:
+    """Which of these children is of another class than the kernels' own."""
+    name, kind = next((name, type(children[name])) for name in names if type(children[name]) is not cls)
+    if parametrize.is_parametrized(children[name]):
+        tensors = " and ".join(children[name].parametrizations)
+        return f"{name}.{tensors} is parametrized: computed at each use"
+    return f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain nn.{cls.__name__}"
+
+
+def _why_missing(missing: KeyError, children: dict) -> str:
+    for child in children.values():
+        if getattr(child, "_is_replica", False):
+            return "it is a replica of nn.DataParallel, whose parameters are plain attributes"
+    return f"no child, parameter or setting of the name {missing}"
+
+
 def arguments(settings: dict, x) -> tuple | Detour:
     """What ops.attention takes after x when this call is fused; else which tier it takes, and why.
 
     settings: a CoordAtt's instance dictionary, or what wiring.py puts in its place ("_modules" by CoordAtt's
-    names, "skip", "inplace"). Every call passes here. It reads instance dictionaries:
+    names, "skip", and "_inplace" where it is so). Every call passes here. It reads instance dictionaries:
     nn.Module.__getattr__ would cost more than the operator.
     """
     why = obstacle(x)
@@ -259,26 +289,28 @@ def arguments(settings: dict, x) -> tuple | Detour:
         return Detour(HYBRID, "there are global module hooks")
     children = settings["_modules"]
     try:
-        for name in CHILDREN:
-            d = children[name].__dict__
+        pool_h, pool_w, conv1 = children["pool_h"], children["pool_w"], children["conv1"]
+        bn1, act, conv_h, conv_w = children["bn1"], children["act"], children["conv_h"], children["conv_w"]
+        compiling = _is_compiling()
+        for child in (pool_h, pool_w, conv1, bn1, act, conv_h, conv_w):
+            d = child.__dict__
             if (
-                d["_forward_hooks"]
+                observed(child)
+                if compiling
+                else d["_forward_hooks"]
                 or d["_forward_pre_hooks"]
                 or d["_backward_hooks"]
                 or d["_backward_pre_hooks"]
+                or "forward" in d
             ):
-                return Detour(HYBRID, f"{name} has hooks")
-            if "forward" in d:
-                return Detour(HYBRID, f"{name} has a forward of its own")
-        pool_h, pool_w = children["pool_h"], children["pool_w"]
+                return Detour(HYBRID, _why_called(child, children))
         if type(pool_h) is not AdaptiveAvgPool2d or type(pool_w) is not AdaptiveAvgPool2d:
-            return Detour(HYBRID, "pool_h or pool_w is not a plain nn.AdaptiveAvgPool2d")
+            return Detour(HYBRID, _why_foreign(("pool_h", "pool_w"), AdaptiveAvgPool2d, children))
         if pool_h.__dict__["output_size"] != (None, 1) or pool_w.__dict__["output_size"] != (1, None):
             return Detour(HYBRID, "pool_h or pool_w pools to another size")
 
-        conv1, conv_h, conv_w = children["conv1"], children["conv_h"], children["conv_w"]
         if type(conv1) is not Conv2d or type(conv_h) is not Conv2d or type(conv_w) is not Conv2d:
-            return Detour(HYBRID, "conv1, conv_h or conv_w is not a plain nn.Conv2d")
+            return Detour(HYBRID, _why_foreign(("conv1", "conv_h", "conv_w"), Conv2d, children))
         conv1, conv_h, conv_w = conv1.__dict__, conv_h.__dict__, conv_w.__dict__
         if not (pointwise(conv1) and pointwise(conv_h) and pointwise(conv_w)):
             return Detour(HYBRID, "conv1, conv_h or conv_w is not a 1x1 convolution")
@@ -291,7 +323,6 @@ def arguments(settings: dict, x) -> tuple | Detour:
         parameters = conv_w["_parameters"]
         ww, bw = parameters["weight"], parameters["bias"]
 
-        bn1, act = children["bn1"], children["act"]
         if type(bn1) is BatchNorm2d:
             d = bn1.__dict__
             parameters, buffers = d["_parameters"], d["_buffers"]
@@ -304,6 +335,8 @@ def arguments(settings: dict, x) -> tuple | Detour:
             eps, momentum, training = d["eps"], d["momentum"], d["training"]
             norm = NORM_BATCH if training or mean is None else NORM_GIVEN
             update = training and d["track_running_stats"]
+            if update and tracked is not None and tracked.dtype is not _int64:
+                return Detour(HYBRID, f"bn1.num_batches_tracked is {tracked.dtype}")
         elif type(bn1) is Identity:
             gamma = beta = mean = var = tracked = momentum = None
             eps, norm, update = 0.0, NORM_NONE, False
@@ -313,7 +346,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
         if activation is None:
             return Detour(HYBRID, f"no kernel for the activation {type(act).__name__}")
     except KeyError as missing:
-        return Detour(HYBRID, f"no child, parameter or setting of the name {missing}")
+        return Detour(HYBRID, _why_missing(missing, children))
     if not (
         type(w1) in _PLAIN
         and type(wh) in _PLAIN
@@ -332,7 +365,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
         if why := dtype_obstacle(x, tensors, checks.MODULE_NAMES):
             return Detour(HYBRID, why)
     weights = (w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw)
-    out = x if settings["inplace"] else None
+    out = x if settings.get("_inplace") else None
     return weights, norm, activation, settings["skip"], tracked, momentum, update, out
 
 
@@ -423,7 +456,7 @@ def explain(module: Module, x: Tensor) -> Plan:
     elif (
         isinstance(module, Module)
         and set(CHILDREN) <= module._modules.keys()
-        and "inplace" in module.__dict__
+        and "_inplace" in module.__dict__
     ):
         skip, pools = module.skip, special_pools(module._modules)
         found = Detour(ORIGINAL, foreign) if foreign else arguments(module.__dict__, x)

@@ -260,6 +260,25 @@ inline RunningStatistics running_of(const MaybeTensor& running_mean, const Maybe
 using Trained = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// The bytes that a tensor's elements lie between.
+struct Span {
+  uintptr_t first = 0, end = 0;
+  Span() = default;
+  explicit Span(const Tensor& t) : first((uintptr_t)t.const_data_ptr()) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    end = first + (t.numel() ? (last + 1) * t.element_size() : 0);
+  }
+  bool meets(const Span& other) const { return first < other.end && other.first < end; }
+};
+
+// Element by element the same memory.
+inline bool is_same(const Tensor& t, const Tensor& x) {
+  bool same = t.const_data_ptr() == x.const_data_ptr();
+  for (int64_t d = 0; d < x.dim(); ++d) same = same && (x.size(d) <= 1 || t.stride(d) == x.stride(d));
+  return same;
+}
+
 // The operators of the fused tier. Backend: is_native(map, nhwc): whether its kernels can walk it; empty_map(like, nhwc);
 // forward(args, running, x), backward(args, x), update(running, call, mean, var, rows, on).
 template <class Backend> struct Fused {
@@ -291,16 +310,24 @@ template <class Backend> struct Fused {
     return *out;
   }
 
-  static void attend_out(const Tensor& x, FORWARD_PARAMETERS, int64_t activation, bool skip, const Tensor& out) {
+  static void attend_out(const Tensor& x, FORWARD_PARAMETERS, int64_t activation, bool skip, const Tensor& result) {
     check_map(x, "x");
-    check_like(out, x, "out");
+    check_like(result, x, "out");
     bool nhwc = is_nhwc(x);
     MaybeTensor made;
-    bool writable = Backend::is_native(out, nhwc);
-    for (int64_t d = 0; d < 4; ++d) writable = writable && (out.size(d) <= 1 || out.stride(d) > 0);
-    infer(x, FORWARD_TENSORS, activation, skip, writable ? MaybeTensor(out) : std::nullopt, made);
-    Tensor to = out;
-    if (!writable) torch::stable::copy_(to, *made);
+    bool writable = Backend::is_native(result, nhwc);
+    for (int64_t d = 0; d < 4; ++d) writable = writable && (result.size(d) <= 1 || result.stride(d) > 0);
+    // What is written while it is still read comes out wrong; x itself is read before it is written.
+    const Span to(result);
+    writable = writable && (is_same(result, x) || !to.meets(Span(x)));
+    for (const Tensor* t : {&conv1_weight, &conv_h_weight, &conv_w_weight}) writable = writable && !to.meets(Span(*t));
+    for (const MaybeTensor* t : {&conv1_bias, &bn_weight, &bn_bias, &bn_mean, &bn_var, &conv_h_bias, &conv_w_bias})
+      writable = writable && !(*t && to.meets(Span(**t)));
+    infer(x, FORWARD_TENSORS, activation, skip, writable ? MaybeTensor(result) : std::nullopt, made);
+    if (!writable) {
+      Tensor given = result;
+      torch::stable::copy_(given, *made);
+    }
   }
 
   static Trained attend_train(const Tensor& x, FORWARD_PARAMETERS, int64_t norm, int64_t activation, bool skip) {
@@ -422,7 +449,7 @@ template <class Backend> struct Fused {
 // Every backend's operators, in a STABLE_TORCH_LIBRARY block.
 template <class Library> void define_operators(Library& m) {
   m.def("attend(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip) -> Tensor");
-  m.def("attend_out(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip, *, Tensor(a!) out) -> ()");
+  m.def("attend_out(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip, Tensor(a!) result) -> ()");
   m.def("attend_train(Tensor x, " PARAMETER_SCHEMA "int norm, int activation, bool skip) -> "
         "(Tensor out, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var)");
   m.def("attend_train_update(Tensor x, " PARAMETER_SCHEMA "int norm, int activation, bool skip, "

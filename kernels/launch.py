@@ -240,15 +240,23 @@ def attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
     return _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, None)
 
 
-def attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, *, out):
-    _check_map(out, x, "out")
-    # An out that the kernels cannot walk, or that lies crossways to x, gets a copy.
-    crossways = _layout_of(out.shape, out.stride(), _layout_of(x.shape, x.stride()).nhwc)
-    writable = crossways.native and all(n <= 1 or s > 0 for n, s in zip(out.shape, out.stride()))
-    to = out if writable else None
+def attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, result):
+    _check_map(result, x, "out")
+    # A copy where the kernels cannot walk it, where it lies crossways to x, and where it would be written
+    # while it is still read; x itself is read before it is written.
+    crossways = _layout_of(result.shape, result.stride(), _layout_of(x.shape, x.stride()).nhwc)
+    writable = crossways.native and all(n <= 1 or s > 0 for n, s in zip(result.shape, result.stride()))
+    in_place = result.data_ptr() == x.data_ptr() and result.stride() == x.stride()
+    read = (None if in_place else x, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
+    writable = writable and not any(t is not None and _share_memory(t, result) for t in read)
+    to = result if writable else None
     made = _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, to)
     if not writable:
-        out.copy_(made)
+        result.copy_(made)
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, out):

@@ -164,6 +164,10 @@ def writes_out_and_inplace(layout, under_test):
         x = d.x.clone()
         coord_att(x, *arguments(d.params), skip=True, inplace=True)
         tolerances.assert_same_bits(x, expected)
+        images = len(d.x)
+        memory = torch.cat([d.x, d.x])
+        coord_att(memory[:images], *arguments(d.params), skip=True, out=memory[1 : images + 1])
+        tolerances.assert_same_bits(memory[1 : images + 1], expected)
 
 
 def takes_empty_batches(layout, training):

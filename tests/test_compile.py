@@ -8,10 +8,11 @@ import tolerances
 import torch
 from harness import FLOATS, LAYOUTS, Case, build, data
 from paper import PaperCoordAtt
+from test_forward import arguments
 from torch import nn
 from torch.func import functional_call, jvp, vmap
 
-from coordatt_fast import CoordAtt, use_backend
+from coordatt_fast import CoordAtt, coord_att, use_backend
 
 
 class Network(nn.Module):
@@ -288,6 +289,19 @@ def test_flop_counter_counts_the_convolutions(backend):
         counted.append((mode.get_total_flops(), training.get_total_flops()))
     assert counted[0][0] == 57344
     assert counted[1] == counted[0]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_flop_counter_counts_the_fused_operators(backend, training, gradients):
+    """The functional form: the counter's hooks make a module call its children."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    d = data(Case((1, 64, 14, 14), 8))
+    x = d.x.requires_grad_(gradients)
+    with FlopCounterMode(display=False) as mode:
+        coord_att(x, *arguments(d.params), training=training)
+    assert mode.get_total_flops() == 57344
 
 
 def test_deepcopy_of_a_compiled_networks_source(cpu):

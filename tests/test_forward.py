@@ -102,7 +102,7 @@ def test_out_and_inplace(shape, dtype, layout, skip):
         assert returned.data_ptr() == x.data_ptr()
         tolerances.assert_same_bits(x, expected, "inplace=True")
         module = build(CoordAtt, case, d.params)
-        module.inplace = True
+        module._inplace = True
         x = d.x.clone()
         assert module(x).data_ptr() == x.data_ptr()
         tolerances.assert_same_bits(x, expected, "CoordAtt(inplace=True)")
@@ -115,7 +115,7 @@ def test_inplace_is_for_inference_only():
     case = Case(*AWKWARD["primes"], norm="running")
     d = data(case)
     module = build(CoordAtt, case, d.params)
-    module.inplace = True
+    module._inplace = True
     kept = d.x.clone()
     try:
         results = run(module, d.x, d.grad)

@@ -294,3 +294,64 @@ def test_explain_does_not_run_the_module(backend):
     explain(module, d.x)
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+# What training frameworks, detectors and exporters set on every module that they find, some only where there is
+# such an attribute already.
+FRAMEWORK_ATTRIBUTES = {
+    "inplace": True, "i": 7, "f": -1, "type": "CoordAtt", "np": 1000, "export": True, "stride": 32, "strides": [8],
+    "dynamic": True, "format": "onnx", "shape": None, "anchors": None, "end2end": True, "legacy": True, "name": "a",
+    "args": {}, "names": {}, "nc": 3, "task": "detect", "fused": True, "conv": None, "bn": None, "device": "cpu",
+    "dtype": None, "eps": 1e-3, "momentum": 0.03, "bias": False, "activation": "relu", "reduction": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attributes_that_frameworks_set_change_nothing(backend, training):
+    module = CoordAtt(16, 16).train(training)
+    expected_module = copy.deepcopy(module)
+    assert not set(FRAMEWORK_ATTRIBUTES) & vars(module).keys()
+    for name, value in FRAMEWORK_ATTRIBUTES.items():
+        setattr(module, name, value)
+    assert repr(module) == repr(expected_module)
+    x = torch.randn(2, 16, 5, 7)
+    given = x.clone()
+    with torch.no_grad():
+        out = module(given)
+        assert torch.equal(out, expected_module(x)) and torch.equal(given, x)
+    out = copy.deepcopy(module)(given.requires_grad_())
+    assert torch.equal(out, copy.deepcopy(expected_module)(x.requires_grad_()))
+
+
+@pytest.mark.parametrize("change", [None, "GroupNorm", "hook"])
+def test_inplace_switched_on_everywhere(backend, change):
+    """Loaders of checkpoints do this to every module that has the attribute."""
+    module = CoordAtt(16, 16).eval()
+    if change == "GroupNorm":
+        module.bn1 = torch.nn.GroupNorm(2, 8)
+    elif change == "hook":
+        module.conv1.register_forward_hook(lambda m, i, o: o)
+    x = torch.randn(2, 16, 5, 7)
+    given = x.clone()
+    with torch.no_grad():
+        expected = module(x.clone())
+        for part in module.modules():
+            if hasattr(part, "inplace"):
+                part.inplace = True
+        assert torch.equal(module(given), expected) and torch.equal(given, x)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_pickles_from_before_inplace_was_private(inplace):
+    state = CoordAtt(16, 16, inplace=inplace).eval().__getstate__()
+    state["inplace"] = state.pop("_inplace")
+    module = object.__new__(CoordAtt)
+    module.__setstate__(state)
+    module = copy.deepcopy(module)
+    assert ("inplace=True" in repr(module)) == inplace and not hasattr(module, "inplace")
+    x = torch.randn(2, 16, 5, 7)
+    given = x.clone()
+    with torch.no_grad():
+        expected = module(x)
+        assert (module(given).data_ptr() == given.data_ptr()) == inplace
+    assert torch.equal(given, expected) == inplace

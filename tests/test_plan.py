@@ -2,6 +2,7 @@
 or raise.
 """
 
+import importlib
 import itertools
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from harness import Case, build, data
 from test_forward import arguments
 from torch import nn
+from torch.nn.utils import prune
 from torch.profiler import ProfilerActivity, profile
 
 from coordatt_fast import CoordAtt, backends, coord_att, explain, use_backend
@@ -300,6 +302,39 @@ def test_unusual_calls_say_why():
     assert reasons[0].tier == "reference" and reasons[0].reason
     meta = explain(build(CoordAtt, CASE, d.params).to("meta"), d.x.to("meta"))
     assert meta.tier == "reference" and "meta" in meta.reason
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda m: nn.utils.weight_norm(m.conv1), "conv1.weight is computed before each call, by a hook"),
+        (lambda m: prune.l1_unstructured(m.conv_h, "bias", 0.5), "conv_h.bias is computed before each call"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m.conv_w), "conv_w.weight is parametrized"),
+        (lambda m: setattr(m, "conv_w", nn.Conv1d(8, 12, 1)), "conv_w is a torch.nn.modules.conv.Conv1d"),
+        (lambda m: m.bn1.register_forward_hook(print), "bn1 has hooks"),
+        (lambda m: setattr(m.act, "forward", torch.relu), "act has a forward of its own"),
+    ],
+    ids=["weight_norm", "pruning", "parametrization", "class", "hook", "forward"],
+)
+def test_why_children_are_called(cpu, change, words):
+    module = CoordAtt(12, 12)
+    change(module)
+    plan = explain(module, torch.randn(2, 12, 5, 7))
+    assert plan.tier == "hybrid" and words in plan.reason, plan.reason
+
+
+def test_replicas_of_data_parallel(cpu, monkeypatch):
+    """As nn.DataParallel makes them, with copies in place of those on other devices."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    copies = lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices]
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
+    module = CoordAtt(12, 12)
+    x = torch.randn(2, 12, 5, 7)
+    (replica,) = replicate.replicate(module, [0])
+    plan = explain(replica, x)
+    assert plan.tier == "hybrid" and "replica of nn.DataParallel" in plan.reason, plan.reason
+    assert max(tolerances.errors(replica(x), module(x).double())) < 1e-6
 
 
 def test_command_line():

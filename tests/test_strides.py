@@ -240,7 +240,7 @@ def test_inference_in_place_and_into_out(relayout):
         arguments = [d.params.get(n) for n in PARAMETERS]
         returned = coord_att(d.x, *arguments, out=out)
         assert returned.data_ptr() == out.data_ptr() and max(tolerances.errors(out, expected)) < 1e-5
-        module.inplace = True
+        module._inplace = True
         returned = module(x)
         assert returned.data_ptr() == x.data_ptr() and max(tolerances.errors(x, expected)) < 1e-5
         for t, before in zip((x, out), around):

@@ -7,13 +7,14 @@ import importlib.util
 import io
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import tolerances
 import torch
 from torch import nn
 
-from coordatt_fast import accelerate, backends, explain, restore, use_backend
+from coordatt_fast import CoordAtt, accelerate, backends, explain, restore, use_backend
 
 PACKAGES = ("timm", "torchvision", "ultralytics", "cv2", "yaml", "safetensors")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -21,6 +22,8 @@ if MISSING:  # installed, but broken, is an error
     pytest.skip(f"not installed: {', '.join(MISSING)}", allow_module_level=True)
 
 from third_party import NETWORKS, ModelEMA, timm, timm_attention, yolo_save  # noqa: E402
+
+from examples.third_party import tasks, ultralytics, yaml  # noqa: E402
 
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 EACH = pytest.mark.parametrize("name", NETWORKS)
@@ -316,6 +319,28 @@ def test_whole_yolo_as_its_trainer_keeps_it(pair):
             assert max(tolerances.errors(found[key], value)) < 1e-5, key
     block, x = kept[1].get_submodule("model.22"), torch.zeros(1, 64, 8, 12)
     assert explain(block, x).tier == ("fused" if backends()["cpu"].available else "reference")
+
+
+def test_a_reloaded_yolo_whose_neck_reads_the_map_again(tmp_path, monkeypatch):
+    """The block by its class in the yaml, its input read once more by a later layer; saved in half precision, and
+    read by ultralytics' own loader, which sets attributes on modules.
+    """
+    monkeypatch.setattr(tasks, "CoordAtt", CoordAtt)
+    file = Path(ultralytics.__file__).parent / "cfg/models/v8/yolov8.yaml"
+    spec = yaml.safe_load(file.read_text())
+    *neck, _ = spec["head"]
+    again = [[15, 1, "CoordAtt", [64, 64]], [[15, -1], 1, "Concat", [1]]]
+    spec |= {"scale": "n", "nc": 3, "head": [*neck, *again, [[23, 18, 21], 1, "Detect", ["nc"]]]}
+    torch.manual_seed(0)
+    model = tasks.DetectionModel(spec, ch=3, verbose=False).half()
+    images = NETWORKS[YOLO].batch()["img"]
+    yolo_save({"model": copy.deepcopy(model), "ema": None, "train_args": {}}, tmp_path / "last.pt")
+    read, _ = tasks.load_checkpoint(tmp_path / "last.pt")
+    assert type(read.model[22]) is CoordAtt and read.model[23].f == [15, -1]
+    with torch.no_grad():
+        expected, found = (NETWORKS[YOLO].outputs(m.float().eval(), images) for m in (model, read))
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
 
 
 def test_timms_moving_average(pair):

@@ -49,7 +49,7 @@ class Network:
                 module.running_var.copy_(0.8 + 0.4 * torch.rand(module.running_var.shape, generator=g))
         return model.to(dtype)
 
-    def batch(self, dtype, seed=2):
+    def batch(self, dtype=torch.float32, seed=2):
         """Images of 64 x 96 and their labels."""
         g = torch.Generator().manual_seed(seed)
         return {
@@ -66,7 +66,7 @@ class Network:
 
 
 class Detector(Network):
-    def batch(self, dtype, seed=2):
+    def batch(self, dtype=torch.float32, seed=2):
         images = super().batch(dtype, seed)["img"]
         boxes = [[0.5, 0.5, 0.4, 0.3], [0.3, 0.6, 0.2, 0.5], [0.6, 0.4, 0.5, 0.5]]
         return {
