@@ -137,7 +137,7 @@ class Wiring(NamedTuple):
             if self.activation is None and self.act is None:
                 soft = "there is no activation"
             else:
-                found = plan.arguments({"_modules": children, "skip": self.skip, "inplace": False}, x)
+                found = plan.arguments({"_modules": children, "skip": self.skip}, x)
         if soft is not None:
             found = Detour(plan.HYBRID, soft)
             if why := plan.obstacle(x):

@@ -11,7 +11,7 @@ from harness import FLOATS, LAYOUTS, Case, autocast, build, data, draws, key, ru
 from paper import PaperCoordAtt
 from torch import nn
 
-from coordatt_fast import CoordAtt, explain, use_backend
+from coordatt_fast import CoordAtt, accelerate, explain, use_backend
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -177,3 +177,24 @@ def test_children_see_the_same_values(cpu):
     for ours, theirs in zip(*seen.values(), strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert a.shape == b.shape and max(tolerances.errors(a, b)) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["subclassed", "hooked", "grouped", "without_statistics"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_accelerated(change, dtype):
+    """A block of another class, taken over: its children get the same layouts."""
+    case = Case((2, 16, 4, 4), 9, FLOATS[dtype], norm="running")
+    d = data(case)
+    theirs, ours = (build(PaperCoordAtt, case, d.params) for _ in range(2))
+    accelerate(ours)
+    for module in (theirs, ours):
+        CHANGES[change](module)
+    assert explain(ours, d.x).tier == "hybrid"
+    large = d.x * 1e3
+    for results in zip(*(run(m.train(), large, d.grad).items() for m in (theirs, ours)), strict=True):
+        (name, expected), (_, got) = results
+        assert got.isfinite().equal(expected.isfinite()), name
+    d.x[0, 5, 2, 2] = float("nan")
+    expected, got = (run(m.eval(), d.x, d.grad) for m in (theirs, ours))
+    for name in ("out", "d x"):
+        assert torch.equal(got[name].isnan(), expected[name].isnan()), name
