@@ -163,20 +163,21 @@ class Wiring(NamedTuple):
     def by_children(self, module: nn.Module, x: Tensor, fast: bool) -> Tensor:
         """The hybrid (fast) and reference tiers, around the module's own children."""
         pooled = ops.pool(x) if fast else reference.pool(x)
-        return self.gated(module, x, self.chained(module, pooled), fast)
+        return self.gated(module, x, self.chained(module, pooled, fast), fast)
 
     def gated(self, module: nn.Module, x: Tensor, y: Tensor, fast: bool) -> Tensor:
         """The rest of that, from the squeezed features y [N, M, H + W, 1] on."""
-        y_h, y_w = reference.split(y, x)
+        y_h, y_w = reference.split(plan.laid_out(find(module, self.conv_h), y) if fast else y, x)
         s_h, s_w = find(module, self.conv_h)(y_h), find(module, self.conv_w)(y_w)
         fast = fast and plan.gate_fits(x, s_h, s_w)
         return ops.gate(x, s_h, s_w, self.skip) if fast else reference.gate(x, s_h, s_w, self.skip)
 
-    def chained(self, module: nn.Module, pooled: Tensor) -> Tensor:
+    def chained(self, module: nn.Module, pooled: Tensor, fast: bool = False) -> Tensor:
         """The squeezed features [N, M, H + W, 1] of pooled [N, C, H + W, 1] by the module's own children."""
         y = pooled
         for path in self.chain:
-            y = find(module, path)(y)
+            child = find(module, path)
+            y = child(plan.laid_out(child, y) if fast else y)
         return y if self.tail is None else reference.ACTIVATIONS[self.tail](y)
 
     def by_parts(self, module: nn.Module, pooled: Tensor) -> Tensor:
