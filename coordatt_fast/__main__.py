@@ -113,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
 
 def must_fit(argument: str, given: tuple[int, ...], count: int) -> None:
     """Wrong where count numbers in float64 are more than the machine has memory."""
+    if not hasattr(os, "sysconf"):  # Windows: PyTorch will say it
+        return
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 8 * count > have:
         takes = f"takes {8 * count / 1e9:.3g} GB in float64, this machine has {have / 1e9:.3g} GB"

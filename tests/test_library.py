@@ -204,12 +204,13 @@ def test_import_with_a_useless_library():
         [sys.executable, "-c", IMPORT],
         cwd=ROOT,
         env={os.fsencode(k): os.fsencode(v) for k, v in os.environ.items()}
-        | {b"COORDATT_FAST_LIBRARY": name},
+        | {b"COORDATT_FAST_LIBRARY": name, b"COORDATT_FAST_SIMD": b"avx2"},
         capture_output=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert b"COORDATT_FAST_LIBRARY" in result.stdout and b"COORDATT_FAST_LIBRARY" in result.stderr
+    assert b"COORDATT_FAST_SIMD=avx2 has no effect: the compiled library is not loaded" in result.stderr
 
 
 def test_another_version_that_loads(ours, monkeypatch):
