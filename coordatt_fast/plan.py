@@ -44,7 +44,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
 _in_functorch = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
-_float32, _int64 = torch.float32, torch.int64
+_float32 = torch.float32
 
 
 class Detour(NamedTuple):
@@ -335,8 +335,6 @@ def arguments(settings: dict, x) -> tuple | Detour:
             eps, momentum, training = d["eps"], d["momentum"], d["training"]
             norm = NORM_BATCH if training or mean is None else NORM_GIVEN
             update = training and d["track_running_stats"]
-            if update and tracked is not None and tracked.dtype is not _int64:
-                return Detour(HYBRID, f"bn1.num_batches_tracked is {tracked.dtype}")
         elif type(bn1) is Identity:
             gamma = beta = mean = var = tracked = momentum = None
             eps, norm, update = 0.0, NORM_NONE, False
