@@ -155,10 +155,7 @@ def test_hybrid(cpu, change, gradients):
     for m in (module, truth):
         HYBRID[change](m)
         m.to(m.conv1.bias.dtype)
-    # aot_eager goes by torch's shape function of hardswish_backward, whose strides are not its kernel's.
-    counter = CompileCounterWithBackend(
-        "aot_eager_decomp_partition" if change == "GroupNorm" else "aot_eager"
-    )
+    counter = CompileCounterWithBackend("aot_eager")
     module.compile(backend=counter, fullgraph=True)
     found = run(module, d.x, d.grad if gradients else None)
     expected = run(truth, d.x.double(), d.grad.double() if gradients else None)
