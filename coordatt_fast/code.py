@@ -51,6 +51,10 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _TRANSPARENT = frozenset(
     "CACHE EXTENDED_ARG RESUME NOP PUSH_NULL PRECALL COPY_FREE_VARS MAKE_CELL NOT_TAKEN".split()
 )
+# What containers and iterators are changed by.
+_KEEPERS = frozenset(
+    "append appendleft extend insert pop popitem popleft remove discard clear update setdefault send".split()
+)
 # What nn.Module keeps in an instance; a forward may ask for its own training alone.
 _STATE = frozenset(nn.Module().__dict__)
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__getattr__", "__getattribute__")
@@ -188,7 +192,11 @@ class Code:
             or (isinstance(value, type) and kind is not None and value in kind.__mro__)
             or _known(value)
         ):
-            raise Different(f"its forward uses {name}, {_article(value)}")
+            self._foreign(name, _article(value))
+
+    def _foreign(self, name: str, kind: str) -> None:
+        """Something that no probe can vouch for and no watch sees change."""
+        raise Different(f"its forward uses {name}, {kind}")
 
     def _function(self, function, kind: type | None, method: bool) -> None:
         if not isinstance(function, types.FunctionType):
@@ -226,7 +234,7 @@ class Code:
                 value = getattr(builtins, root)
                 exception = isinstance(value, type) and issubclass(value, Exception)
                 if value not in _BUILTINS and not exception:
-                    raise Different(f"its forward uses {root}")
+                    self._foreign(root, "a built-in function")
                 if value in (getattr, hasattr):
                     self.strings |= scan.strings
                 continue
@@ -240,6 +248,21 @@ class Code:
         self.own |= own
         self.words |= words
         self._follow(own | words, kind)
+
+
+class Called(Code):
+    """The code of a part of a class of one's own that is called where it stands.
+
+    It may compute what it likes, but keep nothing between calls: the probe's calls would count.
+    """
+
+    def __init__(self, root: type) -> None:
+        super().__init__(root)
+        if kept := sorted((self.own | self.words) & _KEEPERS):
+            raise Different(f"its forward uses {kept[0]}, which keeps something between calls")
+
+    def _foreign(self, name: str, kind: str) -> None:
+        pass
 
 
 def _loaded(root, method: bool, fingerprint: str) -> Code:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from coordatt_fast import plan, reference
-from coordatt_fast.code import Code, Different, code_of, is_of_torch, is_read, strange_words
+from coordatt_fast.code import Called, Code, Different, code_of, is_of_torch, is_read, strange_words
 from coordatt_fast.trials import (
     CALLED,
     IDLE,
@@ -185,9 +185,12 @@ def _codes(module: nn.Module) -> dict[str, list[Code]]:
     """
     codes = {}
     for path, child in walk(module):
-        if not is_read(child) or isinstance(child, CALLED):
+        if not is_read(child):
             continue
         try:
+            if isinstance(child, CALLED):
+                Called(type(child))
+                continue
             code = code_of(type(child))
             codes[path] = [code]
             for name in sorted((code.own | code.words) & child.__dict__.keys()):

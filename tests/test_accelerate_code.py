@@ -150,6 +150,34 @@ def test_left_alone(name):
     assert module.log == [] and module.seen == set() and CALLS == [0] and _Counter.seen == 0
 
 
+class Counting(nn.Conv2d):
+    calls: list = []  # noqa: RUF012
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.clamp(-1, 1) if self.calls.append(1) or len(self.calls) > 3 else y
+
+
+class Scaled(nn.Conv2d):
+    factors = {"of everything": 1.5}  # noqa: RUF012
+
+    def forward(self, x):
+        return super().forward(x) * self.factors["of everything"] if x.shape[2] > 1 else super().forward(x)
+
+
+def test_a_part_of_ones_own_class_may_compute_anything_but_keep_nothing():
+    module = PaperCoordAtt(C, C)
+    module.conv1 = Counting(C, 8, 1)
+    with pytest.warns(UserWarning):
+        assert "keeps something between calls" in accelerate(module).skipped[0].reason
+    assert Counting.calls == []
+    module.conv1 = Scaled(C, 8, 1)
+    x = torch.randn(2, C, 7, 5)
+    expected = module(x)
+    assert accelerated(module) is module and explain(module, x).tier == "hybrid"
+    assert max(tolerances.errors(module(x), expected)) < 1e-5
+
+
 def test_the_frame_alone_is_taken():
     accelerated(hostile("nothing"))
 
