@@ -138,7 +138,7 @@ def _look_at(name: str, args: tuple, kwargs: dict) -> None:
             if not all(part is None or part is Ellipsis or type(part) is Size for part in parts):
                 raise _different("its forward takes a fixed part of a map")
         return
-    if name in ("narrow", "split", "split_with_sizes", "chunk") or name.startswith(("adaptive", "avg_pool")):
+    if name.startswith(("narrow", "split", "tensor_split", "chunk", "adaptive", "avg_pool")):
         return  # their sizes are the map's, or fail on the next one
     numbers = [v for v in (*args[1:], *kwargs.values()) if type(v) in (int, float)]
     if name in _CLAMPS:

@@ -26,10 +26,11 @@ class Different(Exception):
 # What tensors may be asked for and put through: the same for every size, layout and dtype, with no threshold
 # but those of the activations. blind.py looks at the arguments.
 _FREE = (
-    "cat concat concatenate split split_with_sizes chunk mean sum permute transpose swapaxes swapdims "
-    "movedim unsqueeze squeeze reshape view contiguous expand expand_as broadcast_to adaptive_avg_pool2d "
-    "avg_pool2d mul multiply add sub subtract div divide true_divide clamp clip sigmoid relu relu6 hardswish "
-    "hardsigmoid hardtanh silu gelu mish tanh elu leaky_relu softplus"
+    "cat concat concatenate split split_with_sizes chunk tensor_split narrow mean sum permute transpose "
+    "swapaxes swapdims movedim unsqueeze squeeze reshape view view_as contiguous clone expand expand_as "
+    "broadcast_to is_tensor adaptive_avg_pool2d avg_pool2d mul multiply add sub subtract div divide "
+    "true_divide clamp clip sigmoid relu relu6 hardswish hardsigmoid hardtanh silu gelu mish tanh elu "
+    "leaky_relu softplus"
 ).split()
 WORDS = frozenset(_FREE) | {f"{word}_" for word in _FREE if hasattr(torch.Tensor, f"{word}_")} | {
     "shape", "size", "dim", "ndim", "mT", "__getitem__",
