@@ -356,7 +356,7 @@ def _check_running(running_mean, running_var, num_batches_tracked, mean, momentu
 
 
 def update_running_stats(running_mean, running_var, num_batches_tracked, squeezed, mean, var, momentum):
-    rows, m = squeezed.shape
+    rows, m = squeezed.shape[0], mean.numel()
     for name, t in (("mean", mean), ("var", var)):
         _check_saved(t, m, accumulate_dtype(mean.dtype), squeezed.device, name)
     running = (running_mean, running_var, num_batches_tracked)
