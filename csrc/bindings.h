@@ -428,12 +428,12 @@ template <class Backend> struct Fused {
                                    const MaybeTensor& num_batches_tracked, const Tensor& squeezed, const Tensor& mean,
                                    const Tensor& var, std::optional<double> momentum) {
     check_device(squeezed, mean, "squeezed");
-    CHECK(squeezed.dim() == 2, "squeezed must be [R, M]");
+    CHECK(squeezed.dim() > 0, "squeezed must be [R, M]");
     for (const Tensor* t : {&mean, &var}) {
       const char* name = t == &mean ? "mean" : "var";
       check_device(*t, mean, name);
       CHECK(t->scalar_type() == acc_of(*t) && t->scalar_type() == mean.scalar_type() && t->is_contiguous() &&
-                t->numel() == squeezed.size(1),
+                t->numel() == mean.numel(),
             name, " is not what the forward pass saved");
       data_of(*t, name);
     }

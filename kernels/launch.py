@@ -11,11 +11,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, mix, mix_backward, tables
+from . import autotune, checks, mix, mix_backward, tables
 from . import gate as gate_pass
 from . import pool as pool_pass
+from .checks import BATCH, GIVEN, NONE, accumulate_dtype
 
-NONE, GIVEN, BATCH = 0, 1, 2
 WIDE_FROM = 2**31  # offsets within an image from here on take 64 bits
 _ACC = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
 
@@ -93,7 +93,7 @@ def _layout_of(shape, strides, nhwc: bool | None = None) -> Layout:
 
 def _native(t: Tensor, nhwc: bool | None = None) -> tuple[Tensor, Layout]:
     """t, or a copy of it that the kernels can walk."""
-    _check_memory(t, "a map")
+    checks.memory(t, "a map")
     layout = _layout_of(t.shape, t.stride(), nhwc)
     if layout.native:
         return t, layout
@@ -114,65 +114,6 @@ def _made_of(x: Tensor, layout: Layout, skip: bool) -> tuple[Tensor, Layout]:
     if c == 1 and x.stride(1) == 1 and w > 1 and not (x.is_contiguous() and (skip or h == 1)):
         return _fresh(x, layout, (h * w, 1, w, 1))
     return _fresh(x, layout)
-
-
-def _check_memory(t: Tensor, name: str) -> None:
-    """A tensor whose storage was resized to nothing has elements and no memory."""
-    if t.data_ptr() == 0 and t.numel() and not t.is_meta:
-        raise RuntimeError(f"coordatt_fast: {name} has {t.numel()} elements, but its storage is empty")
-
-
-def _check_map(t: Tensor, x: Tensor, name: str) -> None:
-    if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
-        raise RuntimeError(
-            f"coordatt_fast: {name} is {list(t.shape)}, {t.dtype} on {t.device}, "
-            f"expected as x: {list(x.shape)}, {x.dtype} on {x.device}"
-        )
-
-
-def _dense(t: Tensor | None, shape: tuple | int, dtype, device, name: str) -> Tensor | None:
-    """A parameter as the kernels take it: dense, on x's device, of x's dtype or float32 beside half x.
-
-    shape: or a number of elements, in any shape, as PyTorch takes a normalisation's weight and bias.
-    """
-    if t is None:
-        return None
-    if (t.numel() if type(shape) is int else t.shape) != shape or t.device != device:
-        have = f"{name} has shape {list(t.shape)} on {t.device}"
-        raise RuntimeError(f"coordatt_fast: {have}, expected {shape} on {device}")
-    if t.dtype is not dtype and (t.dtype is not torch.float32 or dtype is torch.float64):
-        raise RuntimeError(f"coordatt_fast: {name} must have x's dtype, or float32 beside half-precision x")
-    _check_memory(t, name)
-    return t if t.is_contiguous() else t.contiguous()
-
-
-def _width(w1: Tensor) -> int:
-    """M."""
-    if w1.dim() != 4 or not w1.shape[0]:
-        raise RuntimeError(f"coordatt_fast: conv1_weight has shape {list(w1.shape)}, expected [M, C, 1, 1]")
-    return w1.shape[0]
-
-
-def _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw):
-    c, dtype, device = x.shape[1], x.dtype, x.device
-    first, last = (m, c, 1, 1), (c, m, 1, 1)
-    return (
-        _dense(w1, first, dtype, device, "conv1_weight"), _dense(b1, (m,), dtype, device, "conv1_bias"),
-        _dense(gamma, m, dtype, device, "bn_weight"), _dense(beta, m, dtype, device, "bn_bias"),
-        _dense(mean, (m,), dtype, device, "bn_mean"), _dense(var, (m,), dtype, device, "bn_var"),
-        _dense(wh, last, dtype, device, "conv_h_weight"), _dense(bh, (c,), dtype, device, "conv_h_bias"),
-        _dense(ww, last, dtype, device, "conv_w_weight"), _dense(bw, (c,), dtype, device, "conv_w_bias"),
-    )  # fmt: skip
-
-
-def _check_eps(eps: float, norm: int) -> None:
-    if (eps < 0 and norm != NONE) or (eps == 0 and norm == BATCH):
-        wanted = "a positive number, or zero beside given statistics"
-        raise RuntimeError(f"coordatt_fast: eps is {eps}, expected {wanted}")
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # Constants, once per shape, dtype and layout ---------------------------------------------------------
@@ -241,7 +182,7 @@ def attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
 
 
 def attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, result):
-    _check_map(result, x, "out")
+    checks.like(result, x, "out")
     # A copy where the kernels cannot walk it, where it lies crossways to x, and where it would be written
     # while it is still read; x itself is read before it is written.
     crossways = _layout_of(result.shape, result.stride(), _layout_of(x.shape, x.stride()).nhwc)
@@ -263,13 +204,13 @@ def _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
     if (mean is None) != (var is None):
         raise RuntimeError("coordatt_fast: bn_mean and bn_var go together")
     n, c, h, w = x.shape
-    m, rows = _width(w1), n * (h + w)
-    parameters = _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
+    m, rows = checks.width(w1), n * (h + w)
+    parameters = checks.parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
     w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = parameters
     xn, layout = _native(x)
     out, out_layout = _made_of(x, layout, skip) if out is None else _native(out, layout.nhwc)
     norm = NONE if mean is None else GIVEN
-    _check_eps(eps, norm)
+    checks.epsilon(eps, norm)
     if x.numel() == 0:
         return out
     _, blocks, k = _constants(x, m, layout, out_layout)
@@ -304,14 +245,14 @@ def attend_train_update(
     if norm != GIVEN:
         mean = var = None
     n, c, h, w = x.shape
-    m, rows, acc = _width(w1), n * (h + w), accumulate_dtype(x.dtype)
-    parameters = _parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
+    m, rows, acc = checks.width(w1), n * (h + w), accumulate_dtype(x.dtype)
+    parameters = checks.parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw)
     w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = parameters
     means, squeezed, gates = (x.new_empty(size, dtype=acc) for size in ((rows, c), (rows, m), (rows, c)))
     saved_mean, saved_var = x.new_empty(m, dtype=acc), x.new_empty(m, dtype=acc)
     running = (running_mean, running_var, num_batches_tracked)
     update = any(t is not None for t in running)
-    _check_eps(eps, norm)
+    checks.epsilon(eps, norm)
     xn, layout = _native(x)
     out, out_layout = _made_of(x, layout, skip)
     if update and norm != BATCH:
@@ -325,7 +266,7 @@ def attend_train_update(
     s, blocks, k = _constants(x, m, layout, out_layout)
     tiles, row_blocks = tables.row_blocks(rows, s.RB, s.NBP)
     partial, stats = x.new_empty(rows * blocks * m, dtype=acc), x.new_empty(row_blocks * 2 * m, dtype=acc)
-    cumulative, momentum, *steps = _check_running(*running, saved_mean, momentum)
+    cumulative, momentum, *steps = checks.running(*running, saved_mean, momentum)
     constants = k["gate"].plus(
         BLOCKS=1, SIZE=tiles * s.RB, TRAIN=True, UPDATE=1 + cumulative if update else 0, NORM=norm,
         ACT=activation, SKIP=skip,
@@ -342,42 +283,15 @@ def attend_train_update(
     return out, means, squeezed, gates, saved_mean, saved_var
 
 
-def _check_running(running_mean, running_var, num_batches_tracked, mean, momentum):
-    """Whether they move by 1 / batches seen; else the momentum; steps between the elements of both."""
-    if num_batches_tracked is not None:
-        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.device != mean.device:
-            raise RuntimeError("coordatt_fast: num_batches_tracked must be int64 on x's device")
-        _check_memory(num_batches_tracked, "num_batches_tracked")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        if t is None:
-            continue
-        if t.shape != mean.shape or t.device != mean.device:
-            have = f"{name} has shape {list(t.shape)} on {t.device}"
-            raise RuntimeError(f"coordatt_fast: {have}, expected {list(mean.shape)} on {mean.device}")
-        _check_memory(t, name)
-        if (t.dtype == torch.float64) != (mean.dtype == torch.float64):
-            raise RuntimeError(
-                f"coordatt_fast: {name} must have x's dtype, or float32 beside half-precision x"
-            )
-    steps = [0 if t is None else t.stride(0) for t in (running_mean, running_var)]
-    return momentum is None and num_batches_tracked is not None, float(momentum or 0), *steps
-
-
 def update_running_stats(running_mean, running_var, num_batches_tracked, squeezed, mean, var, momentum):
-    rows, m = squeezed.shape
+    rows, m = squeezed.shape[0], mean.numel()
     for name, t in (("mean", mean), ("var", var)):
-        _check_saved(t, m, accumulate_dtype(mean.dtype), squeezed.device, name)
+        checks.saved(t, m, accumulate_dtype(mean.dtype), squeezed.device, name)
     running = (running_mean, running_var, num_batches_tracked)
-    cumulative, momentum, *steps = _check_running(*running, mean, momentum)
+    cumulative, momentum, *steps = checks.running(*running, mean, momentum)
     constants = _update_constants(m, cumulative, mean.dtype, mean.device)
     with _on(mean):
         _run(mix.update_kernel, 1, (*running, mean, var, rows, momentum, *steps), constants)
-
-
-def _check_saved(t: Tensor, count: int, dtype, device, name: str) -> None:
-    if t.dtype != dtype or t.numel() != count or t.device != device or not t.is_contiguous():
-        raise RuntimeError(f"coordatt_fast: {name} is not what the forward pass saved")
-    _check_memory(t, name)
 
 
 @functools.lru_cache(maxsize=512)
@@ -392,13 +306,13 @@ def attend_backward(
     grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww, norm, activation, skip, needs
 ):
     n, c, h, w = x.shape
-    _check_map(grad, x, "grad")
-    m, rows, acc = _width(w1), n * (h + w), accumulate_dtype(x.dtype)
+    checks.like(grad, x, "grad")
+    m, rows, acc = checks.width(w1), n * (h + w), accumulate_dtype(x.dtype)
     for name, t, count in (
         ("pooled", pooled, rows * c), ("squeezed", squeezed, rows * m), ("gates", gates, rows * c),
         ("mean", mean, m), ("var", var, m),
     ):  # fmt: skip
-        _check_saved(t, count, acc, x.device, name)
+        checks.saved(t, count, acc, x.device, name)
     if gamma is not None and gamma.dim() != 1:
         raise RuntimeError(f"coordatt_fast: bn_weight has shape {list(gamma.shape)}, expected [{m}]")
     xn, layout = _native(x)
@@ -412,7 +326,7 @@ def attend_backward(
     ]
     if x.numel() == 0:
         return dx, *(t.zero_() for t in found)
-    w1, _, gamma, beta, _, _, wh, _, ww, _ = _parameters(
+    w1, _, gamma, beta, _, _, wh, _, ww, _ = checks.parameters(
         x, m, w1, None, gamma, beta, None, None, wh, None, ww, None
     )
     s, blocks, k = _constants(x, m, layout, g_layout)
@@ -489,7 +403,7 @@ def pool_backward(grad, x):
     n, c, h, w = x.shape
     if tuple(grad.shape) != (n, c, h + w, 1) or grad.device != x.device:
         raise RuntimeError("coordatt_fast: grad must be [N, C, H + W, 1] on x's device")
-    _check_memory(grad, "grad")
+    checks.memory(grad, "grad")
     dx, layout = _fresh(x, _layout_of(x.shape, x.stride()))
     if x.numel():
         _, blocks, k = _constants(x, 1, layout, layout)
@@ -499,23 +413,9 @@ def pool_backward(grad, x):
     return dx
 
 
-def _logits(x, s_h, s_w):
-    """Strides of the logits: image, channel, line of each."""
-    n, c, h, w = x.shape
-    if tuple(s_h.shape) != (n, c, h, 1) or tuple(s_w.shape) != (n, c, 1, w):
-        raise RuntimeError("coordatt_fast: s_h must be [N, C, H, 1] and s_w [N, C, 1, W]")
-    if s_h.device != x.device or s_w.device != x.device:
-        raise RuntimeError("coordatt_fast: s_h and s_w must be on x's device")
-    if any((s.dtype == torch.float64) != (x.dtype == torch.float64) for s in (s_h, s_w)):
-        raise RuntimeError("coordatt_fast: logits must be float64 exactly where x is")
-    _check_memory(s_h, "s_h")
-    _check_memory(s_w, "s_w")
-    return (*s_h.stride()[:3], *s_w.stride()[:2], s_w.stride(3))
-
-
 def gate(x, s_h, s_w, skip):
     n, c, h, w = x.shape
-    strides = _logits(x, s_h, s_w)
+    strides = checks.logits(x, s_h, s_w)
     xn, layout = _native(x)
     out, out_layout = _made_of(x, layout, skip)
     if x.numel():
@@ -529,8 +429,8 @@ def gate(x, s_h, s_w, skip):
 
 def gate_backward(grad, x, s_h, s_w, skip):
     n, c, h, w = x.shape
-    _check_map(grad, x, "grad")
-    strides = _logits(x, s_h, s_w)
+    checks.like(grad, x, "grad")
+    strides = checks.logits(x, s_h, s_w)
     xn, layout = _native(x)
     g, g_layout = _native(grad, layout.nhwc)
     dx, dx_layout = _fresh(x, layout)
