@@ -1,9 +1,11 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
+#                                                                          (SEED=1 for other random numbers)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
 # make bench-rivals  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
 # make examples      the examples, pictures in build/examples
 # make bench-micro   pytest-benchmark suites, one per pass
 # make aot           the GPU kernels compiled for GPUs that are not here
+# make attack        random attacks on all of it for MINUTES=60, two processes  (SEED=1 for a known start)
 # make sanitized     the CUDA kernels in the emulator, under sanitizers
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
 # make lint, make clean
@@ -11,12 +13,14 @@
 
 PYTHON ?= python3
 ARGS ?=
+SEED ?=
+MINUTES ?= 60
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
 REQUIREMENTS := $(filter-out $(ALONE),$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-rivals bench-micro examples aot sanitized gpu lint clean
+.PHONY: venv test bench bench-rivals bench-micro examples aot sanitized attack gpu lint clean
 
 venv: .venv/built
 
@@ -31,7 +35,7 @@ venv: .venv/built
 	touch $@
 
 test: venv
-	$(BIN)/pytest $(ARGS)
+	SEED=$(SEED) $(BIN)/pytest $(ARGS)
 
 bench: venv
 	$(BIN)/python -m bench.throughput $(ARGS)
@@ -49,6 +53,9 @@ bench-micro: venv
 
 aot: venv
 	$(BIN)/pytest -q tests/aot $(ARGS)
+
+attack: venv
+	$(BIN)/python -m tests.attack --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 sanitized: venv
 	$(BIN)/pytest -q tests/cuda_on_cpu/test_sanitized.py $(ARGS)

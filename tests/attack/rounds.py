@@ -1,0 +1,107 @@
+"""Rounds of a part, each with a seed of its own that reproduces it."""
+
+import collections
+import random
+import sys
+import time
+import traceback
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import run_state_machine_as_test
+
+from attack import calls, changes, environment, judge, sequences, spellings
+
+# Cases of one round: some seconds each.
+EXAMPLES = {"calls": 400, "sequences": 40, "lookalikes": 20, "changes": 20, "environment": 12}
+
+
+def options(examples: int, **more) -> settings:
+    return settings(
+        max_examples=examples, deadline=None, database=None, print_blob=True, derandomize=False,
+        phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False, **more,
+    )  # fmt: skip
+
+
+def one(part: str, number: int, examples: int, counts: collections.Counter) -> None:
+    """One round. Raises what its first failure raised, made as small as it gets."""
+    torch.manual_seed(number)
+    random.seed(number)
+    if part == "sequences":
+        run = lambda: run_state_machine_as_test(
+            seed(number)(counted(sequences.Lives, counts)), settings=options(examples, stateful_step_count=30)
+        )
+    elif part == "lookalikes":
+        run = _property(
+            st.tuples(spellings.recipes(), st.just(number)) | st.tuples(spellings.recipes(hostile=False), st.just(number)),
+            lambda pair: ("harmless, " if pair[0].harmless else "hostile, ") + judge.judge(*pair),
+            number, examples, counts,
+        )  # fmt: skip
+    else:
+        strategy, check = {
+            "calls": (calls.calls(), calls.check),
+            "changes": (changes.changed(), changes.check),
+            "environment": (environment.situations(), environment.check),
+        }[part]
+        run = _property(strategy, check, number, examples, counts)
+    run()
+
+
+def _property(strategy, check, number, examples, counts):
+    @seed(number)
+    @options(examples)
+    @given(strategy)
+    def attack(case):
+        counts["cases"] += 1
+        if what := check(case):
+            counts[what] += 1
+
+    return attack
+
+
+def counted(machine, counts):
+    class Counted(machine):
+        def teardown(self):
+            counts["cases"] += 1
+            super().teardown()
+
+    Counted.__name__ = Counted.__qualname__ = machine.__name__
+    return Counted
+
+
+def run(parts: list, first: int, minutes: float, rounds: int | None) -> int:
+    """Rounds of the parts in turn until the time is over; 1 where one has failed."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(1)
+    until, number = time.monotonic() + 60 * minutes, first
+    counts = {part: collections.Counter() for part in parts}
+    spent, failures = collections.Counter(), []
+    while time.monotonic() < until and (rounds is None or number < first + rounds):
+        # The part that has had the least time so far.
+        for part in parts if rounds is not None else [min(parts, key=lambda p: spent[p])]:
+            start = time.monotonic()
+            try:
+                one(part, number, EXAMPLES[part], counts[part])
+            except KeyboardInterrupt:
+                until = 0
+            except BaseException as error:
+                failures.append((part, number))
+                print(f"--- {part}, seed {number}: {_reproduce(part, number)}", flush=True)
+                traceback.print_exception(error, limit=-4, file=sys.stdout)
+            spent[part] += time.monotonic() - start
+        number += 1
+    environment.cradle.close()
+    for part in parts:
+        numbers = ", ".join(f"{count} {what}" for what, count in sorted(counts[part].items()))
+        failed = [number for name, number in failures if name == part]
+        print(f"{part}: {numbers or '0 cases'}; {len(failed)} failures; {spent[part]:.0f} s", flush=True)
+    for part, number in failures:
+        print(f"{part}, seed {number}: {_reproduce(part, number)}", flush=True)
+    return int(bool(failures))
+
+
+def _reproduce(part, number):
+    return f"python -m tests.attack --part {part} --rounds 1 --seed {number}"
