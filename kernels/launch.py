@@ -183,6 +183,7 @@ def attend(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
 
 def attend_out(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, skip, result):
     checks.like(result, x, "out")
+    checks.memory(result, "out")
     # A copy where the kernels cannot walk it, where it lies crossways to x, and where it would be written
     # while it is still read; x itself is read before it is written.
     crossways = _layout_of(result.shape, result.stride(), _layout_of(x.shape, x.stride()).nhwc)

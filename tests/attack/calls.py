@@ -130,7 +130,8 @@ def _module(cls, call, params, dtype=None):
     if call.activation in ONLY_HYBRID:
         module.act = getattr(nn, call.activation)()
     else:
-        module.act = cls(1, 1, activation=call.activation).act
+        # PyTorch's own: the paper's spelling multiplies a NaN gradient by the zero that these select.
+        module.act = CoordAtt(1, 1, activation=call.activation).act
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in params.items():
         value = value if dtype is None or not value.is_floating_point() else value.to(dtype)
@@ -368,6 +369,8 @@ def _special(call, results, x, grad, params):
             kinds |= {"NaN": torch.isnan, "+inf": torch.isposinf}
         if name == "d conv1.bias" and call.training:
             continue
+        if name.startswith("d ") and call.norm == "batch" and call.shape[0] * sum(call.shape[2:]) == 2:
+            continue  # both strips are equal: rounding decides on which side of a kink zero is
         for kind, test in kinds.items():
             a, b, c = test(value), test(plain), test(truth)
             differ = (b == c) & (a != b) & ~near_the_top

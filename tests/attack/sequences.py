@@ -136,8 +136,14 @@ class Lives(stateful.RuleBasedStateMachine):
             torch.manual_seed(seed)
             given = x.detach().requires_grad_(leaf and mode == "grad")
             with manager(), use_backend(backend if module is self.ours else "auto"):
-                outs.append(module(given))
+                try:
+                    outs.append(module(given))
+                except RuntimeError as error:  # an activation in place behind a backward hook, say
+                    outs.append(error)
             leaves.append(given)
+        if any(isinstance(out, RuntimeError) for out in outs):
+            assert all(isinstance(out, RuntimeError) for out in outs), outs
+            return
         self._agree("output", *(out.detach() for out in outs))
         assert outs[0].requires_grad == outs[1].requires_grad
         if outs[0].requires_grad:
@@ -156,10 +162,12 @@ class Lives(stateful.RuleBasedStateMachine):
                 for again in (twice, False)[: 1 + twice]:
                     out.backward(grad, retain_graph=again)
                 raised.append(None)
-            except RuntimeError as error:  # what it was computed from was written since; more is kept by plain
+            except RuntimeError as error:
                 raised.append(error)
-        assert raised[0] is None or raised[1] is not None, raised[0]
-        if raised[1] is None and outs[0].dtype is torch.float64:
+        # What it was computed from was written since: ours asks for all of it, plain for what that gradient needs.
+        written = "modified by an inplace operation" in str(raised[0])
+        assert raised[0] is None or raised[1] is not None or written, raised[0]
+        if raised == [None, None] and outs[0].dtype is torch.float64:
             self._agree("gradient of x", *(x.grad for x in leaves))
             self._gradients()
 
