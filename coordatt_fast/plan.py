@@ -230,11 +230,11 @@ def laid_out(child: Module, y: Tensor) -> Tensor:
 
     Plain convolutions take channels dense. All else takes contiguous tensors, since PyTorch sums the
     statistics of channels_last ones less exactly, and in float16 within its range; so do convolutions in half
-    precision, which let NaN into other pixels of channels_last ones.
+    precision, which let NaN into other pixels of channels_last ones, and those that somebody listens to.
     """
     if type(y) not in _PLAIN or y.dim() != 4:
         return y
-    dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y))
+    dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y) or observed(child))
     return y.contiguous(memory_format=torch.channels_last if dense else torch.contiguous_format)
 
 
