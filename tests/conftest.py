@@ -9,6 +9,7 @@ import statistics
 import sys
 
 import pytest
+import seeds
 import torch
 
 # torch.empty and its kin come back filled with NaN, so an element nobody wrote cannot look right by luck.
@@ -38,7 +39,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    torch.manual_seed(0)
+    seeds.seed(0)
     torch.set_num_threads(
         1
     )  # test_determinism.py shows that more give the same bits; waiting threads cost minutes

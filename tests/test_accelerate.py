@@ -10,6 +10,7 @@ import warnings
 
 import lookalikes
 import pytest
+import seeds
 import tolerances
 import torch
 import variants
@@ -24,7 +25,7 @@ from coordatt_fast import accelerate, explain, restore, use_backend
 
 def spread(module, seed=3):
     """Weights and statistics drawn so that gates and activations reach their whole range."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeds.generator(seed)
     for name, t in [*module.named_parameters(), *module.named_buffers()]:
         if not t.is_floating_point():
             continue
@@ -41,10 +42,10 @@ def spread(module, seed=3):
 
 def subject(name, dtype=torch.float64):
     """A variant as its users have it, and a map it takes."""
-    torch.manual_seed(0)
+    seeds.seed(0)
     module = spread(GOOD[name][0]().to(dtype))
     size = (7, 7) if "square" in name else variants.MAP
-    g = torch.Generator().manual_seed(4)
+    g = seeds.generator(4)
     return module, feature_map((3, C, *size), g, dtype), feature_map((3, C, *size), g, dtype)
 
 
@@ -158,7 +159,7 @@ def test_one_or_no_argument_more():
 
 
 def network(cls=Released):
-    torch.manual_seed(2)
+    seeds.seed(2)
     block = nn.Sequential(nn.Conv2d(3, C, 3, padding=1), cls())
     return nn.Sequential(block, nn.ModuleDict({"neck": cls()}).neck, nn.Conv2d(C, 4, 1)).double()
 

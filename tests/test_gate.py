@@ -2,6 +2,7 @@
 
 import oracle
 import pytest
+import seeds
 import tolerances
 import torch
 from harness import FLOATS, LAYOUTS, draws, feature_map, gradients
@@ -21,7 +22,7 @@ def paper_gate(x, s_h, s_w, skip=False):
 
 def inputs(shape, dtype, layout, seed, spread=2.0):
     n, c, h, w = shape
-    g = torch.Generator().manual_seed(seed)
+    g = seeds.generator(seed)
     logits = lambda *size: (spread * torch.randn(size, generator=g, dtype=torch.float64)).to(dtype)
     named = {
         "x": feature_map(shape, g, dtype, layout),

@@ -1,6 +1,7 @@
 """Derivatives against finite differences in float64, first and second order."""
 
 import pytest
+import seeds
 import torch
 from harness import LAYOUTS, Case, build, data
 from paper import ACTIVATIONS, PaperCoordAtt
@@ -81,7 +82,7 @@ def test_hessian(backend):
 
 @pytest.mark.parametrize("op", ["pool", "gate"])
 def test_ops(cpu, op):
-    g = torch.Generator().manual_seed(0)
+    g = seeds.generator(0)
     draw = lambda *size: torch.randn(size, generator=g, dtype=torch.float64).requires_grad_()
     if op == "pool":
         assert gradcheck(torch.ops.coordatt_fast.pool, (draw(2, 3, 4, 5),))

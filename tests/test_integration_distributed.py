@@ -5,6 +5,7 @@ on the joined batch where nothing depends on batch statistics.
 import copy
 
 import pytest
+import seeds
 import tolerances
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def _gradient(parameter):
 
 def _check(way, name, rank):
     """One step over this process's half against the whole batch in plain PyTorch; the normalisation is frozen."""
-    torch.manual_seed(0)
+    seeds.seed(0)
     module = MAKERS[name]()
     module.bn1.running_mean.normal_(), module.bn1.running_var.uniform_(0.5, 2)
     plain = PaperCoordAtt(C, C).double()
@@ -107,7 +108,7 @@ def test_state_dict_of_a_shard_loads_into_the_original(name, tmp_path):
     """torch.distributed.checkpoint in one process, without a group."""
     import torch.distributed.checkpoint as dcp
 
-    torch.manual_seed(1)
+    seeds.seed(1)
     module, plain = MAKERS[name](), PaperCoordAtt(C, C).double()
     dcp.save(module.state_dict(), checkpoint_id=tmp_path / "step", no_dist=True)
     state = copy.deepcopy(plain.state_dict())

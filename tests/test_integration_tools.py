@@ -9,6 +9,7 @@ import threading
 import warnings
 
 import pytest
+import seeds
 import tolerances
 import torch
 from paper import PaperCoordAtt
@@ -27,7 +28,7 @@ def network(kind, dtype=torch.float32):
     if kind == "CoordAtt":
         ours = CoordAtt(C, C)
         block = ours if ours.load_state_dict(block.state_dict()) else None
-    torch.manual_seed(0)
+    seeds.seed(0)
     model = spread(nn.Sequential(nn.Conv2d(3, C, 1), block).to(dtype))
     if kind == "accelerated":
         assert accelerate(model).replaced
@@ -35,7 +36,7 @@ def network(kind, dtype=torch.float32):
 
 
 def images(dtype=torch.float32, n=2):
-    return torch.randn(n, 3, 9, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(n, 3, 9, 6, generator=seeds.generator(1)).to(dtype)
 
 
 def tier(model):
@@ -131,7 +132,7 @@ def test_parametrised_and_pruned(kind):
         ours, plain = network(kind, torch.float64), network("plain", torch.float64)
         results = []
         for model in (ours, plain):
-            torch.manual_seed(3)
+            seeds.seed(3)
             change(model)
             out = model(images(torch.float64))
             out.square().sum().backward()
@@ -179,7 +180,7 @@ class LowRank(nn.Module):
 def test_low_rank_updates(kind):
     results = []
     for model in (network(kind, torch.float64), network("plain", torch.float64)):
-        torch.manual_seed(4)
+        seeds.seed(4)
         for name in ("conv1", "conv_h", "conv_w"):
             setattr(model[1], name, LowRank(getattr(model[1], name)))
         model(images(torch.float64)).square().sum().backward()

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import seeds
 import third_party
 import tolerances
 import torch
@@ -86,7 +87,7 @@ def test_a_yaml_with_the_block_through_its_life(folder):
     assert all(loss > 0 for loss in losses)
     best = folder / "runs/first/weights/best.pt"
     loaded = ultralytics.YOLO(str(best))
-    x = feature_map((1, 3, 64, 96), torch.Generator().manual_seed(0), torch.float32)
+    x = feature_map((1, 3, 64, 96), seeds.generator(0), torch.float32)
     assert len(blocks(loaded.model, CoordAtt)) == 3
     kept = x.clone()
     plain = copy.deepcopy(loaded.model)

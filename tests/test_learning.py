@@ -5,6 +5,7 @@ start.
 import functools
 
 import pytest
+import seeds
 import torch
 from paper import PaperCoordAtt
 from torch import nn
@@ -20,13 +21,13 @@ def digits(dtype):
     bunch = sklearn_datasets.load_digits()
     images = torch.tensor(bunch.images, dtype=dtype)[:, None] / 16
     labels = torch.tensor(bunch.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(labels), generator=seeds.generator(0))
     images, labels = images[order], labels[order]
     return (images[:1437], labels[:1437]), (images[1437:], labels[1437:])
 
 
 def network(block, dtype, layout):
-    torch.manual_seed(0)
+    seeds.seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False),
         nn.BatchNorm2d(16),
@@ -48,7 +49,7 @@ def train(block, dtype, layout, backend=None):
     (images, labels), (test_images, test_labels) = digits(dtype)
     net = network(block, dtype, layout)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    order = torch.Generator().manual_seed(1)
+    order = seeds.generator(1)
     losses = []
     for _ in range(STEPS):
         batch = torch.randint(len(labels), (BATCH,), generator=order)

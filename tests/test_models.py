@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import seeds
 import tolerances
 import torch
 from paper import PaperCoordAtt
@@ -45,7 +46,7 @@ def paper(channels, reduction=32):
 
 def spread(model, seed=5):
     """Normalisations with weights and statistics of their own, as after some training."""
-    g = torch.Generator().manual_seed(seed)
+    g = seeds.generator(seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for t, low, high in (
@@ -159,7 +160,7 @@ def step(model, x, training):
     """Loss, and backward: every result by name."""
     model = model.train(training)
     x = x.clone().requires_grad_()
-    torch.manual_seed(1)  # dropout
+    seeds.seed(1)  # dropout
     out = model(x)
     F.cross_entropy(out, torch.arange(len(x)) % out.shape[1]).backward()
     found = {"out": out.detach(), "d x": x.grad}

@@ -2,6 +2,7 @@
 
 import oracle
 import pytest
+import seeds
 import tolerances
 import torch
 from harness import FLOATS, LAYOUTS, draws, feature_map, gradients
@@ -24,7 +25,7 @@ def check(shape, dtype, layout):
     n, c, h, w = shape
     results, plain, truths = [], [], []
     for seed in draws(shape):
-        g = torch.Generator().manual_seed(seed)
+        g = seeds.generator(seed)
         x = feature_map(shape, g, dtype, layout)
         grad = feature_map((n, c, h + w, 1), g, dtype)
         truths.append(oracle.pool(x, grad))
@@ -71,7 +72,7 @@ def test_long_sums_keep_their_small_terms(dtype):
     one they drift.
     """
     dtype = FLOATS[dtype]
-    x = 1 + torch.rand(1, 2, 4, 16384, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = 1 + torch.rand(1, 2, 4, 16384, generator=seeds.generator(0)).to(dtype)
     got, expected = pool(x).double(), paper_pool(x.double())
     # Eight or more partial sums of at most 2^11 terms: errors below 2^11 roundings of half an ulp, and
     # usually their root.
@@ -88,7 +89,7 @@ def test_empty_batch():
 def test_backward_of_expanded_gradient(layout):
     """sum() hands back a gradient with zero strides."""
     shape = AWKWARD["primes"][0]
-    x = feature_map(shape, torch.Generator().manual_seed(0), layout=layout).requires_grad_()
+    x = feature_map(shape, seeds.generator(0), layout=layout).requires_grad_()
     pool(x).sum().backward()
     assert torch.allclose(x.grad, torch.full(shape, 1 / shape[2] + 1 / shape[3]), rtol=1e-6, atol=0)
     assert x.grad.stride() == x.stride()

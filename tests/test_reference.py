@@ -1,6 +1,7 @@
 """The reference is the paper's function: output, every gradient and running statistics."""
 
 import pytest
+import seeds
 import tolerances
 import torch
 from harness import FLOATS, Case, build, compare, data, plain, run, truth
@@ -123,9 +124,9 @@ def test_functional_form(shape, norm):
 
 def test_state_is_the_papers():
     """Same children in the same order, same keys, same values from the same seed."""
-    torch.manual_seed(3)
+    seeds.seed(3)
     theirs = PaperCoordAtt(48, 48, reduction=4)
-    torch.manual_seed(3)
+    seeds.seed(3)
     ours = CoordAtt(48, 48, reduction=4)
     assert [n for n, _ in ours.named_children()] == [n for n, _ in theirs.named_children()]
     a, b = theirs.state_dict(), ours.state_dict()
@@ -133,9 +134,9 @@ def test_state_is_the_papers():
     for name in a:
         tolerances.assert_same_bits(a[name], b[name], name) if a[name].is_floating_point() else None
         assert a[name].shape == b[name].shape and a[name].dtype == b[name].dtype
-    torch.manual_seed(3)
+    seeds.seed(3)
     PaperCoordAtt(48, 48, reduction=4)
     after_theirs = torch.rand(4)
-    torch.manual_seed(3)
+    seeds.seed(3)
     CoordAtt(48, 48, reduction=4)
     assert torch.equal(after_theirs, torch.rand(4))

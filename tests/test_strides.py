@@ -2,6 +2,7 @@
 
 import promises
 import pytest
+import seeds
 import tolerances
 import torch
 from harness import FLOATS, LAYOUTS, Case, build, data, feature_map, run
@@ -160,7 +161,7 @@ def test_chunks_of_one_tensor():
     case = Case(SHAPE, MID, dtype=torch.float64)
     d = data(case)
     for layout in LAYOUTS:
-        both = feature_map((3, 40, 6, 9), torch.Generator().manual_seed(1), torch.float64, layout)
+        both = feature_map((3, 40, 6, 9), seeds.generator(1), torch.float64, layout)
         results = []
         for cls in (PaperCoordAtt, CoordAtt):
             module, leaf = build(cls, case, d.params), both.detach().requires_grad_()

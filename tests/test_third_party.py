@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import seeds
 import tolerances
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def results(network, model, images, training):
     model.train(training).zero_grad()
     images = images.detach().clone().requires_grad_()
     outputs = network.outputs(model, images)
-    g = torch.Generator().manual_seed(7)
+    g = seeds.generator(7)
     draws = [torch.randn(out.shape, generator=g, dtype=torch.float64) for out in outputs.values()]
     sum((out * draw.to(out.dtype)).sum() for out, draw in zip(outputs.values(), draws)).backward()
     found = {f"output {name}": out.detach() for name, out in outputs.items()} | {"d images": images.grad}
@@ -331,7 +332,7 @@ def test_a_reloaded_yolo_whose_neck_reads_the_map_again(tmp_path, monkeypatch):
     *neck, _ = spec["head"]
     again = [[15, 1, "CoordAtt", [64, 64]], [[15, -1], 1, "Concat", [1]]]
     spec |= {"scale": "n", "nc": 3, "head": [*neck, *again, [[23, 18, 21], 1, "Detect", ["nc"]]]}
-    torch.manual_seed(0)
+    seeds.seed(0)
     model = tasks.DetectionModel(spec, ch=3, verbose=False).half()
     images = NETWORKS[YOLO].batch()["img"]
     yolo_save({"model": copy.deepcopy(model), "ema": None, "train_args": {}}, tmp_path / "last.pt")

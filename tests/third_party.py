@@ -5,6 +5,7 @@ the loss that they are trained with.
 import sys
 from pathlib import Path
 
+import seeds
 import torch
 from torch import nn
 
@@ -38,9 +39,9 @@ class Network:
 
     def build(self, dtype=torch.float32):
         """The network, seeded, with normalisations that are not at their start."""
-        torch.manual_seed(0)
+        seeds.seed(0)
         model = self.make()
-        g = torch.Generator().manual_seed(1)
+        g = seeds.generator(1)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 # Some start at a weight of zero, which hides whatever is before them.
@@ -51,7 +52,7 @@ class Network:
 
     def batch(self, dtype=torch.float32, seed=2):
         """Images of 64 x 96 and their labels."""
-        g = torch.Generator().manual_seed(seed)
+        g = seeds.generator(seed)
         return {
             "img": torch.rand(2, 3, 64, 96, generator=g).to(dtype),
             "label": torch.tensor([1, 4]),

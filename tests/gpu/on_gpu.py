@@ -8,6 +8,7 @@ import json
 
 import harness
 import pytest
+import seeds
 import torch
 from harness import build, feature_map, run
 from paper import PaperCoordAtt
@@ -68,13 +69,13 @@ def taken(way, x, mid, training):
 
 
 def maps(shape, dtype=torch.float32, layout="nchw", count=2):
-    g = torch.Generator().manual_seed(7)
+    g = seeds.generator(7)
     return [feature_map(shape, g, dtype, layout).to(DEVICE) for _ in range(count)]
 
 
 def modules(channels, mid, dtype=torch.float32, training=True):
     """Ours and plain PyTorch's, the same weights, on the GPU."""
-    torch.manual_seed(channels)
+    seeds.seed(channels)
     plain = PaperCoordAtt(channels, channels, mid_channels=mid)
     with torch.no_grad():
         for name, t in (*plain.named_parameters(), *plain.named_buffers()):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import seeds
 import torch
 from harness import FLOATS, LAYOUTS
 from on_gpu import SIZES, close, launches, maps, modules, piecewise, same_bits, step
@@ -223,7 +224,7 @@ def test_beyond_32_bits(size, layout, backend, much_memory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiled_network(layout):
     """One graph, forward and backward, inside torch.compile."""
-    torch.manual_seed(0)
+    seeds.seed(0)
     build = lambda block: torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 3, padding=1), block, torch.nn.Conv2d(32, 8, 1)
     )
