@@ -67,7 +67,11 @@ def _subclass(cls: type) -> type:
     if list(inspect.signature(cls.forward).parameters)[1:] != ["x"]:
         namespace["forward"] = _forward_of_any
     # Without what a metaclass of the user's does to new classes, registries for instance.
-    return type.__new__(type(cls), f"Accelerated{cls.__name__}", (Accelerated, cls), namespace)
+    made = type.__new__(type(cls), f"Accelerated{cls.__name__}", (Accelerated, cls), namespace)
+    # What is set on type(module) later hides what the original class has: wiring.py counts the names.
+    made._coordatt_fast_own = made
+    made._coordatt_fast_size = len(made.__dict__) + 1
+    return made
 
 
 def _blank(cls: type) -> nn.Module:

@@ -52,6 +52,8 @@ class Size(int):
         return _combined(int.__add__, self, other)
 
     def __mul__(self, other):
+        if type(other) is int:  # channels
+            return Size(int.__mul__(self, other))
         return _combined(int.__mul__, self, other)
 
     def __truediv__(self, other):
@@ -120,6 +122,7 @@ class Blind(Tensor):
                     name = function.__self__.__name__
                 raise _different(f"its forward uses {name}, which Coordinate Attention does not")
             _look_at(name, args, kwargs)
+        _noticed.trace.append((name, _described(args), _described(kwargs)))
         with torch._C.DisableTorchFunctionSubclass():
             out = function(*opened(args), **{key: opened(value) for key, value in kwargs.items()})
             if name in ("size", "shape") and isinstance(out, int):
@@ -127,6 +130,32 @@ class Blind(Tensor):
                 known = args[0].as_subclass(Tensor).dim() == 4 and dim in (1, -3)
                 return out if known else Size(out)
             return closed(out)
+
+
+    def __getattr__(self, name: str):
+        raise _different(f"its forward asks its input for {name}")
+
+
+def _described(value):
+    """A call's arguments, the same for all sizes."""
+    if isinstance(value, Tensor):
+        return "tensor"
+    if type(value) in (Size, Share):
+        return "size"
+    if isinstance(value, slice):
+        return "slice", *map(_described, (value.start, value.stop, value.step))
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_described, value))
+    if isinstance(value, dict):
+        return tuple((key, _described(entry)) for key, entry in value.items())
+    return repr(value)
+
+
+def _is_free(value, also=()) -> bool:
+    """Whether a size is the map's, or one of those that are the same for every map."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_free(entry, also) for entry in value)
+    return value is None or type(value) is Size or (type(value) is int and (value == 1 or value in also))
 
 
 def _look_at(name: str, args: tuple, kwargs: dict) -> None:
@@ -138,8 +167,26 @@ def _look_at(name: str, args: tuple, kwargs: dict) -> None:
             if not all(part is None or part is Ellipsis or type(part) is Size for part in parts):
                 raise _different("its forward takes a fixed part of a map")
         return
-    if name.startswith(("narrow", "split", "tensor_split", "chunk", "adaptive", "avg_pool")):
-        return  # their sizes are the map's, or fail on the next one
+    given = [*args[1:], *kwargs.values()]
+    fixed = "its forward is built for maps of one size"
+    if name.startswith(("split", "tensor_split", "adaptive", "avg_pool")):
+        sizes = args[1] if len(args) > 1 else given[0]
+        if not _is_free(sizes) or (name.startswith("avg") and len(given) > 1):
+            raise _different(fixed)
+        return
+    if name == "narrow":
+        if len(given) != 3 or not (_is_free(given[1], (0,)) and type(given[2]) is Size):
+            raise _different(fixed)
+        return
+    if name.strip("_") in ("view", "reshape", "expand", "broadcast_to"):
+        if not _is_free(given, (-1, *_noticed.channels)):
+            raise _different(fixed)
+        return
+    if name.strip("_") == "squeeze":
+        shape = args[0].as_subclass(Tensor).shape
+        if len(given) != 1 or type(given[0]) is not int or shape[given[0]] != 1:
+            raise _different("its forward drops dimensions of one, which may be the map's own")
+        return
     numbers = [v for v in (*args[1:], *kwargs.values()) if type(v) in (int, float)]
     if name in _CLAMPS:
         if not all(float(v) in _THRESHOLDS for v in numbers):
@@ -150,10 +197,14 @@ def _look_at(name: str, args: tuple, kwargs: dict) -> None:
                 raise _different(f"its forward computes with the constant {v}")
 
 
-def run(call, x: Tensor) -> None:
-    """call(x), blindly; raises Different for what cannot run so."""
-    _noticed.why = None
+def run(call, x: Tensor, channels: tuple) -> list:
+    """call(x), blindly: what was done to tensors, in order, without their sizes.
+
+    channels: the sizes that are the module's own. Raises Different for what cannot run so.
+    """
+    _noticed.why, _noticed.trace, _noticed.channels = None, [], channels
     with torch.no_grad():
         call(x.as_subclass(Blind))
     if _noticed.why:
         raise Different(_noticed.why)
+    return _noticed.trace

@@ -26,7 +26,7 @@ class Different(Exception):
 # What tensors may be asked for and put through: the same for every size, layout and dtype, with no threshold
 # but those of the activations. blind.py looks at the arguments.
 _FREE = (
-    "cat concat concatenate split split_with_sizes chunk tensor_split narrow mean sum permute transpose "
+    "cat concat concatenate split split_with_sizes tensor_split narrow mean sum permute transpose "
     "swapaxes swapdims movedim unsqueeze squeeze reshape view view_as contiguous clone expand expand_as "
     "broadcast_to is_tensor adaptive_avg_pool2d avg_pool2d mul multiply add sub subtract div divide "
     "true_divide clamp clip sigmoid relu relu6 hardswish hardsigmoid hardtanh silu gelu mish tanh elu "
@@ -48,7 +48,11 @@ _BUILTINS = frozenset(
     for name in "super len tuple list zip enumerate reversed sum getattr hasattr".split()
 )
 _SPACES = (torch, nn, F)
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (bool, int, float, complex, str, type(None))
+# Handlers of exceptions make an error a branch, patterns ask for attributes, generators keep where they are.
+_ODD = frozenset(
+    "SETUP_FINALLY SETUP_WITH PUSH_EXC_INFO MATCH_CLASS MATCH_KEYS MATCH_MAPPING YIELD_VALUE".split()
+)
 _TRANSPARENT = frozenset(
     "CACHE EXTENDED_ARG RESUME NOP PUSH_NULL PRECALL COPY_FREE_VARS MAKE_CELL NOT_TAKEN".split()
 )
@@ -61,7 +65,8 @@ _STATE = frozenset(nn.Module().__dict__)
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__getattr__", "__getattribute__")
 # Methods of nn.Module that no forward runs by itself.
 _ASIDE = frozenset(
-    "__init__ __init_subclass__ __repr__ __str__ __new__ __del__ extra_repr reset_parameters state_dict "
+    "__init__ __init_subclass__ __repr__ __str__ __new__ __del__ __prepare_scriptable__ extra_repr "
+    "reset_parameters state_dict "
     "load_state_dict train eval to cuda cpu half float double bfloat16 type apply _apply zero_grad".split()
 )
 
@@ -73,9 +78,10 @@ class Absent:
 class _Scan(NamedTuple):
     chains: tuple[tuple[str, ...], ...]  # a global or free variable and the attributes taken of it
     first: str | None  # the first argument, where it stays what it is
-    of_first: frozenset[str]  # attributes taken of the first argument, self in a method
+    of_first: frozenset[str]  # attributes taken of the first argument, self in a method, and of super()
     attributes: frozenset[str]  # ... of anything else
-    strings: frozenset[str]
+    strings: frozenset[str]  # what getattr and hasattr ask the first argument for
+    odd: str  # what else no probe can vouch for: why
 
 
 class Link(NamedTuple):
@@ -117,13 +123,13 @@ class Code:
         self.strange: list[str] = []
         self.links: list[Link] = []
         self.stale = ""
-        self.functions: dict[types.FunctionType, types.CodeType] = {}
+        self.functions: dict[types.FunctionType, tuple] = {}
         self._followed: set[str] = set()
         if isinstance(root, type):
             self._class(root)
         else:
             self._function(root, None, method)
-        parts = sorted(repr(_described(code)) for code in self.functions.values())
+        parts = sorted(repr(_described(code)) for code, *_ in self.functions.values())
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         self.fingerprint = f"{sys.version_info[0]}.{sys.version_info[1]} {digest}"
 
@@ -134,8 +140,12 @@ class Code:
         for get, name, value, where in self.links:
             if get(name, Absent) is not value:
                 return f"{name} has changed in {where}"
-        for function, code in self.functions.items():
-            if function.__code__ is not code:
+        for function, (code, defaults, by_keyword) in self.functions.items():
+            if (
+                function.__code__ is not code
+                or function.__defaults__ is not defaults
+                or function.__kwdefaults__ != by_keyword
+            ):
                 return f"the code of {function.__name__} has changed"
         return None
 
@@ -151,7 +161,10 @@ class Code:
                 raise Different(f"{kind.__name__} overrides {name}")
         bases = [k for k in kind.__mro__ if is_of_torch(k) and k is not nn.Module]
         names = {"forward"}
-        for k in (k for k in kind.__mro__ if not is_of_torch(k)):
+        for k in (k for k in kind.__mro__ if not is_of_torch(k) and k is not object):
+            for name, value in vars(k).items():
+                if isinstance(value, types.FunctionType) and _is_dunder(name) and name not in _ASIDE:
+                    raise Different(f"{kind.__name__} overrides {name}")
             # An override of what a class of torch's calls in its own forward.
             names |= {
                 name
@@ -182,9 +195,6 @@ class Code:
             value = value.fget
         if isinstance(value, types.FunctionType) and not is_of_torch(value):
             self._function(value, kind, method)
-        elif isinstance(value, tuple):
-            for entry in value:
-                self._value(name, entry, kind)
         elif any(value is space for space in _SPACES) or (callable(value) and is_of_torch(value)):
             if not _known(value):
                 self.strange.append(name)
@@ -199,16 +209,23 @@ class Code:
         """Something that no probe can vouch for and no watch sees change."""
         raise Different(f"its forward uses {name}, {kind}")
 
+    def _odd(self, why: str) -> None:
+        raise Different(why)
+
     def _function(self, function, kind: type | None, method: bool) -> None:
         if not isinstance(function, types.FunctionType):
             raise Different(f"{getattr(function, '__name__', function)!s} is no function of Python")
         if function in self.functions:
             return
-        self.functions[function] = function.__code__
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            if not isinstance(value, (*_PLAIN, tuple)):
+        by_keyword = function.__kwdefaults__
+        self.functions[function] = function.__code__, function.__defaults__, by_keyword and dict(by_keyword)
+        for value in (*(function.__defaults__ or ()), *(by_keyword or {}).values()):
+            if not isinstance(value, _PLAIN):
                 raise Different(f"{function.__name__} has {_article(value)} as a default")
         scan = _scan(function.__code__)
+        self.strings |= scan.strings
+        if scan.odd:
+            self._odd(scan.odd)
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
         own = set(scan.of_first if method else ())
         words = set(scan.attributes if method else scan.attributes | scan.of_first)
@@ -236,8 +253,7 @@ class Code:
                 exception = isinstance(value, type) and issubclass(value, Exception)
                 if value not in _BUILTINS and not exception:
                     self._foreign(root, "a built-in function")
-                if value in (getattr, hasattr):
-                    self.strings |= scan.strings
+                self.links.append(Link(function.__globals__.get, root, Absent, function.__module__ or ""))
                 continue
             else:
                 words.update(attributes)  # a local variable of the function around
@@ -245,7 +261,13 @@ class Code:
             while attributes and any(value is space for space in _SPACES):
                 root, value = attributes[0], getattr(value, attributes.pop(0), Absent)
             self._value(root, value, kind)
-            words.update(attributes)
+            if isinstance(value, type) and kind is not None and value in kind.__mro__:
+                own.update(attributes[:1])  # Base.forward(self, x)
+                words.update(attributes[1:])
+            elif attributes and value is not torch.Tensor:
+                self._foreign(f"{root}.{attributes[0]}", "an attribute that no watch sees change")
+            words.update(attributes[1:])
+            words.update(attributes[:1] if value is torch.Tensor else ())
         self.own |= own
         self.words |= words
         self._follow(own | words, kind)
@@ -263,6 +285,9 @@ class Called(Code):
             raise Different(f"its forward uses {kept[0]}, which keeps something between calls")
 
     def _foreign(self, name: str, kind: str) -> None:
+        pass
+
+    def _odd(self, why: str) -> None:
         pass
 
 
@@ -310,10 +335,12 @@ def strange_words(module: nn.Module, code: Code) -> list[str]:
             not any(word in place for place in places) and is_of_torch(owner(kind, word))
         )
 
+    # What is asked of anything but self may be nobody's but a tensor's.
+    strange = code.words - WORDS - {"forward"}
+
     # A name that self does not have cannot be run; wiring.py watches that it stays so.
     own = {word for word in code.own if hasattr(module, word)}
-    strange = filter(is_strange, (code.words | own - {"training"}) - WORDS - {"forward"})
-    return [*code.strange, *strange]
+    return [*code.strange, *strange, *filter(is_strange, own - WORDS - {"training", "forward"})]
 
 
 def owner(kind: type, name: str) -> type:
@@ -329,10 +356,20 @@ def is_of_torch(value) -> bool:
 def _known(value) -> bool:
     """Whether a forward may use this of torch: a function that treats all maps alike, or a layer's class."""
     try:
-        is_layer = isinstance(value, type) and issubclass(value, nn.Module)
+        is_layer = isinstance(value, type) and issubclass(value, nn.Module) and is_of_torch(value)
         return is_layer or value in FUNCTIONS or value is torch.Tensor
     except TypeError:  # unhashable
         return False
+
+
+def is_data(value) -> bool:
+    """Whether an instance's attribute that a forward reads is plain, or a function that is read too."""
+    function = isinstance(value, types.FunctionType) and not is_of_torch(value)
+    return function or isinstance(value, _PLAIN) or _known(value)
+
+
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 def _article(value) -> str:
@@ -347,38 +384,49 @@ def _described(code: types.CodeType) -> tuple:
 
 @functools.lru_cache(maxsize=1024)
 def _scan(code: types.CodeType) -> _Scan:
-    chains, of_first, attributes = set(), set(), set()
-    strings = {c for c in code.co_consts if isinstance(c, str)}
+    chains, of_first, attributes, strings = set(), set(), set(), set()
     chain: list[str] = []
+    odd = ""
     first = code.co_varnames[0] if code.co_argcount else None
     steps = [step for step in dis.get_instructions(code) if step.opname not in _TRANSPARENT]
     stores = (step for step in steps if step.opname.startswith(("STORE_FAST", "STORE_DEREF")))
-    if any(first in _names_of(step) for step in stores):
+    both = "STORE_FAST_LOAD_FAST"  # stores one, then loads another
+    if any(first in (_names_of(step)[:1] if step.opname == both else _names_of(step)) for step in stores):
         first = None
-    on_first = False
-    for step in steps:
+    on_first = is_super = False  # what the next attribute is taken of; "called" once super() is there
+    for i, step in enumerate(steps):
         op, name = step.opname, step.argval
         if op.startswith("LOAD_") and op.endswith(("_ATTR", "_METHOD")):
             if chain:
                 chain.append(name)
             else:
-                (of_first if on_first else attributes).add(name)
-            on_first = False
+                (of_first if on_first or is_super == "called" else attributes).add(name)
+            on_first = is_super = False
             continue
-        on_first = op.startswith("LOAD_FAST") and first is not None and _names_of(step)[-1] == first
+        loads = op.startswith("LOAD_FAST") or op == both
+        on_first = loads and first is not None and _names_of(step)[-1] == first
+        if is_super:
+            is_super = "called" if op.startswith("CALL") else is_super is True
         if chain:
             chains.add(tuple(chain))
             chain = []
         if op in ("LOAD_GLOBAL", "LOAD_NAME") or (op.startswith("LOAD_") and op.endswith("DEREF")):
             chain = [name]
+            is_super = is_super or name == "super"
+            if name in ("getattr", "hasattr"):
+                asked = _asked(steps[i + 1 : i + 3], first)
+                strings.add(asked) if asked else None
+                odd = odd or ("" if asked else f"its forward uses {name} of something other than self")
         elif op in ("STORE_ATTR", "DELETE_ATTR"):
             raise Different(f"its forward sets attributes ({name})")
         elif op in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"):
             raise Different("its forward writes into items")
-        elif op in ("STORE_GLOBAL", "DELETE_GLOBAL") or (op.endswith("_DEREF") and name in code.co_freevars):
+        elif op.endswith("E_GLOBAL") or (op.endswith("_DEREF") and name in code.co_freevars):
             raise Different(f"its forward sets the variable {name} outside itself")
         elif op == "IMPORT_NAME":
             raise Different(f"its forward imports {name}")
+        elif op in _ODD:
+            odd = odd or "its forward handles exceptions, matches patterns or yields"
     if chain:
         chains.add(tuple(chain))
     for inner in code.co_consts:
@@ -387,7 +435,18 @@ def _scan(code: types.CodeType) -> _Scan:
             chains |= set(found.chains)
             attributes |= found.attributes | found.of_first
             strings |= found.strings
-    return _Scan(tuple(sorted(chains)), first, frozenset(of_first), frozenset(attributes), frozenset(strings))
+            odd = odd or found.odd
+    found = map(frozenset, (of_first, attributes, strings))
+    return _Scan(tuple(sorted(chains)), first, *found, odd)
+
+
+def _asked(steps: list, first: str | None) -> str | None:
+    """The name that getattr or hasattr is given for the first argument; None for anything else."""
+    if len(steps) < 2 or first is None:
+        return None
+    of_first = steps[0].opname.startswith("LOAD_FAST") and _names_of(steps[0]) == (first,)
+    name = steps[1].argval if steps[1].opname == "LOAD_CONST" else None
+    return name if of_first and isinstance(name, str) else None
 
 
 def _names_of(step: dis.Instruction) -> tuple:

@@ -246,12 +246,12 @@ def _probe(module, codes, convolutions, norms, sizes, fixed) -> Wiring:
     if wiring.size is None:  # one built for its own size ran on that
         agree_elsewhere(make, wiring, module, c, generator)
     _unchanged(template, kept)
-    for path in {"", *(".".join(call.path) for call in calls)} & codes.keys():
+    for path in codes:
         place = find(module, tuple(filter(None, path.split("."))))
         if strange := [word for code in codes[path] for word in strange_words(place, code)]:
             words = ", ".join(sorted(set(strange)))
             raise Different(f"its forward uses {words}, which Coordinate Attention does not")
-    runs_blind(make, wiring, x)
+    runs_blind(make, wiring)
     return wiring
 
 
@@ -312,9 +312,8 @@ def _match(module, codes, twin, x, out, calls, order, norms) -> Wiring:
         raise Different("a numeric probe cannot tell its activation")
     if not out.is_contiguous():
         raise Different("its output has another layout than its input")
-    strict, soft = _watches(module, codes, matching[0], calls)
-    called = {"", *(".".join(call.path) for call in calls)} & codes.keys()
-    distinct = dict.fromkeys(code for path in sorted(called) for code in codes[path])
+    strict, soft = _watches(module, codes, matching[0])
+    distinct = dict.fromkeys(code for path in sorted(codes) for code in codes[path])
     published = _as_published(calls, matching[0], x)
     return matching[0]._replace(strict=strict, soft=soft, codes=tuple(distinct), as_published=published)
 
@@ -367,22 +366,20 @@ def _activation_kind(leaf: nn.Module) -> str | None:
     return None
 
 
-def _watches(module, codes, wiring: Wiring, calls) -> tuple[tuple[Watch, ...], tuple[Watch, ...]]:
-    """On all that was called or holds what was called, but for the parts that plan.py reads at each call."""
+def _watches(module, codes, wiring: Wiring) -> tuple[tuple[Watch, ...], tuple[Watch, ...]]:
+    """On all that is in it, but for the parts that plan.py reads at each call."""
     parts = [p for p in (wiring.conv1, wiring.bn1, wiring.conv_h, wiring.conv_w) if p is not None]
     if wiring.act is not None and wiring.act_type is None:
         parts.append(wiring.act)
-    called = {call.path for call in calls}
     strict, soft = [], []
     try:
         strict.append(watch((), module, codes.get(""), container=False))
         for name, child in walk(module):
             path = tuple(name.split("."))
-            if not name or any(path[: len(p)] == p for p in parts) or not _within(path, called):
+            if not name or any(path[: len(p)] == p for p in parts):
                 continue
-            holder = _within(path, parts)
             in_chain = any(path[: len(top)] == top for top in wiring.chain)
-            (soft if in_chain else strict).append(watch(path, child, codes.get(name), container=holder))
+            (soft if in_chain else strict).append(watch(path, child, codes.get(name), container=True))
     except ValueError as error:
         raise Different(str(error)) from error
     return tuple(strict), tuple(soft)

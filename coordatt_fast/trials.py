@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from coordatt_fast import blind, reference
 from coordatt_fast.code import Different, is_read
 from coordatt_fast.twin import NORMS, noise, observed, state_of
-from coordatt_fast.wiring import Wiring, find
+from coordatt_fast.wiring import Wiring, find, walk
 
 POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d)
 IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -21,6 +21,8 @@ TOLERANCE = 1e-9
 # In other dtypes, of the norm: the gates amplify how two orders of the same operations round.
 _OWN_DTYPE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
 _LARGE = 19
+# N, H and W of maps without data: a threshold, a table or a number of digits shows in one of them.
+_BLIND_SIZES = ((2, 1, 1), (1, 3, 5), (3, 40, 40), (70_001, 10_007, 20_011))
 
 
 def map_of(generator: torch.Generator, n: int, c: int, size: tuple[int, int]) -> Tensor:
@@ -158,18 +160,21 @@ def _near(have: Tensor, wanted: Tensor, limit: float) -> bool:
     return bool(off <= limit * scale) or not (scale.isfinite() or torch.linalg.vector_norm(have).isfinite())
 
 
-def runs_blind(make, wiring: Wiring, x: Tensor) -> None:
-    """Raises Different unless both modes run without looking at x, by layers that have a place in it.
+def runs_blind(make, wiring: Wiring) -> None:
+    """Raises Different unless both modes do the same for every size, by layers that have a place in it.
 
-    A convolution or normalisation of the user's own class may look: the module's own is what is called.
+    On tensors without data, so that sizes may be anything; see blind.py. A convolution or normalisation of
+    the user's own class may look: the module's own is what is called.
     """
-    parts = [p for p in (wiring.conv1, wiring.bn1, wiring.act, wiring.conv_h, wiring.conv_w) if p is not None]
+    parts = wiring.conv1, wiring.bn1, wiring.act, wiring.conv_h, wiring.conv_w
 
     def watcher_at(path):
-        is_part = any(path[: len(part)] == part for part in parts)
+        is_part = any(part is not None and path[: len(part)] == part for part in parts)
 
         def watcher(module, *args, **kwargs):
-            if module._modules or (is_read(module) and not isinstance(module, CALLED)):
+            is_chain = isinstance(module, nn.Sequential)
+            is_own = is_read(module) and not isinstance(module, CALLED)
+            if module._modules or is_chain or is_own:
                 return module.forward(*args, **kwargs)
             name, kind = ".".join(path), type(module).__name__
             if is_read(module) and not wiring.as_published:
@@ -182,6 +187,23 @@ def runs_blind(make, wiring: Wiring, x: Tensor) -> None:
         return watcher
 
     for training in (False, True):
-        twin = make().train(training)
-        with observed(twin, watcher_at):
-            blind.run(twin, x)
+        traces = []
+        for n, h, w in _BLIND_SIZES:
+            twin = _without_data(make()).train(training)
+            weight = find(twin, wiring.conv1).weight
+            h, w = (own or free for own, free in zip(wiring.size or (None, None), (h, w)))
+            x = torch.empty(n, weight.shape[1], h, w, dtype=torch.float64, device="meta")
+            with observed(twin, watcher_at):
+                traces.append(blind.run(twin, x, tuple(weight.shape[:2])))
+        if any(trace != traces[0] for trace in traces):
+            raise Different("its forward does something else for other sizes")
+
+
+def _without_data(twin: nn.Module) -> nn.Module:
+    for _, module in walk(twin):
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else nn.Parameter(p.to("meta"))
+        for name, b in module._buffers.items():
+            if b is not None and b.is_floating_point():
+                module._buffers[name] = b.to("meta")
+    return twin

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from coordatt_fast import ops, plan, reference
-from coordatt_fast.code import Absent, Code, is_of_torch, owner
+from coordatt_fast.code import Absent, Code, is_data, is_of_torch, owner
 from coordatt_fast.plan import Detour
 
 Path = tuple[str, ...]
@@ -111,15 +111,20 @@ class Wiring(NamedTuple):
 
     def arguments(self, module: nn.Module, x) -> tuple | Detour:
         """As plan.arguments; also tells when the module has to run its own forward."""
+        if isinstance(x, Tensor):
+            if x.dim() != 4:
+                return Detour(plan.ORIGINAL, f"x has {x.dim()} dimensions")
+        elif not isinstance(x, torch.fx.Proxy):
+            return Detour(plan.ORIGINAL, f"x is a {type(x).__name__}")
+        if len(module._coordatt_fast_own.__dict__) != module._coordatt_fast_size:
+            return Detour(plan.ORIGINAL, "its class has other attributes now")
         for code in self.codes:
             if why := code.changed():
                 return Detour(plan.ORIGINAL, why)
         for watch in self.strict:
             if why := watch.changed(module):
                 return Detour(plan.ORIGINAL, why)
-        if self.size is not None:
-            if not isinstance(x, Tensor) or x.dim() != 4:
-                return Detour(plan.ORIGINAL, "x is no feature map")
+        if self.size is not None and isinstance(x, Tensor):
             for have, built in zip(x.shape[2:], self.size):
                 if built is not None and have != built:
                     size = " x ".join("any" if s is None else str(s) for s in self.size)
@@ -232,7 +237,7 @@ def watch(path: Path, module: nn.Module, codes: list[Code] | None, *, container:
         value = d.get(name, Absent)
         if isinstance(value, Tensor):
             raise ValueError(f"{'.'.join((*path, name))} is a tensor outside parameters and buffers")
-        if value is not Absent and not _is_plain(value):
+        if value is not Absent and not (_is_plain(value) if codes is None else is_data(value)):
             raise ValueError(f"changes of {'.'.join((*path, name))} could not be seen")
         if value is not Absent or not is_of_torch(owner(kind, name)):
             attributes.append((name, snapshot(value)))

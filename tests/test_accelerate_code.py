@@ -8,6 +8,7 @@ import pickle
 import random
 import threading
 import time
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -103,6 +104,28 @@ BEFORE = {
     "a part's setting": lambda self, x: x * 2 if self.bn1.eps > 1 else x,
     "a part's mode": lambda self, x: x * 2 if self.bn1.training != self.training else x,
     "its class": lambda self, x: x * 2 if self.__class__.__name__.startswith("Accelerated") else x,
+    "tiles": lambda self, x: torch.cat([t * 1 for t in x.split(32, dim=2)], 2),
+    "chunks": lambda self, x: x if len(x.chunk(40, 2)) < 30 else x * 2,
+    "a narrow part": lambda self, x: x + 0 * x.narrow(2, 0, 1).mean(),
+    "a reshape that fits some maps": lambda self, x: x.reshape(x.shape[0], x.shape[1], 7, -1).view_as(x),
+    "a squeeze that drops single images": lambda self, x: x.squeeze().view_as(x),
+    "a table": lambda self, x: x * TABLE[x.shape[2]],
+    "an own table": lambda self, x: x * self.table[x.shape[2]],
+    "a table in place": lambda self, x: x * ((1.0,) * 33 + (0.5,) * 99)[x.shape[2]],
+    "the truth of a part of a table": lambda self, x: x * 2 if ((1,) * 99)[33 : x.shape[2]] else x,
+    "digits": lambda self, x: x * 2 if len("%x" % x.shape[2]) > 1 else x,  # noqa: UP031
+    "a mark on the input": lambda self, x: x * 2 if getattr(x, "marked", False) else x,
+    "an error as a branch": lambda self, x: self.halves(x),
+    "an activation made in forward": lambda self, x: x + 0 * Counts()(x),
+    "an activation of a class kept": lambda self, x: x + 0 * self.kind()(x),
+    "functions in a list": lambda self, x: x + 0 * self.functions[0](x),
+    "a child in training alone": lambda self, x: self.in_training(x) if self.training else x,
+    "its own truth": lambda self, x: x if self else x * 2,
+    "a dictionary's entry": lambda self, x: x * self.settings["scale"],
+    "names in a table": lambda self, x: x * 2 if any([getattr(self, n, False) for n in ("late",)]) else x,
+    "a pattern": lambda self, x: matched(self, x),  # noqa: F821
+    "a child's setting": lambda self, x: x * self.in_training.scale,
+    "a function's attribute": lambda self, x: x * clamped.mul,
     "eval of a string": lambda self, x: eval("x * 2 if x.shape[2] > 64 else x"),
     "a hidden name": lambda self, x: x * 2 if getattr(x, "sha" + "pe")[2] > 64 else x,
 }
@@ -112,6 +135,36 @@ AFTER = {
     "other layout": lambda y: y.mT.contiguous().mT,
     "addition of little": lambda y: y + 1e-30,
 }
+
+
+TABLE = (1.0,) * 33 + (0.5,) * 100
+clamped.mul = 1.0
+exec(  # a syntax that Python 3.9 does not know, and linters rewrite
+    "def matched(self, x):\n    match self:\n        case nn.Module(late=True):\n            return x * 2\n    return x"
+)
+
+
+class Counts(nn.Module):
+    scale = 1.0
+
+    def forward(self, y):
+        CALLS[0] += 1
+        return y
+
+
+class OnlyUnderAutocast(nn.Module):
+    scale = 1.0
+
+    def forward(self, x):
+        return x * 0.5 if torch.is_autocast_enabled("cpu") else x
+
+
+def _halves(self, x):
+    try:
+        a, b = x.split([20, 20], 2)
+    except RuntimeError:
+        return x
+    return torch.cat([b, a], 2)
 
 
 def _tries(self, x):
@@ -126,13 +179,18 @@ def hostile(name):
     before, after = BEFORE.get(name, lambda self, x: x), AFTER.get(name, lambda y: y)
 
     class Hostile(PaperCoordAtt):
-        tries = _tries
+        tries, halves, kind, scale = _tries, _halves, Counts, 2.0
 
         def forward(self, x):
             return after(PaperCoordAtt.forward(self, before(self, x)))
 
     module = Hostile(C, C)
-    module.log, module.seen = [], set()
+    module.log, module.seen, module.table = [], set(), TABLE
+    module.functions, module.settings = [clamped], OrderedDict(scale=1.0)
+    if "child" in name:
+        module.in_training = OnlyUnderAutocast()
+    if name == "its own truth":
+        Hostile.__bool__ = lambda self: not hasattr(self, "late")
     return module
 
 
@@ -178,8 +236,20 @@ def test_a_part_of_ones_own_class_may_compute_anything_but_keep_nothing():
     assert max(tolerances.errors(module(x), expected)) < 1e-5
 
 
-def test_the_frame_alone_is_taken():
-    accelerated(hostile("nothing"))
+HARMLESS = {
+    "nothing": lambda self, x: x,
+    "sizes of dense maps": lambda self, x: x.view(x.shape[0] * x.shape[1], *x.shape[2:]).view_as(x),
+    "a known number of channels": lambda self, x: x.view(x.shape[0], 24, x.shape[2], x.shape[3]),
+    "four dimensions": lambda self, x: x if x.dim() == 4 and torch.is_tensor(x) else x * 2,
+    "a part of all": lambda self, x: x[:, :, : x.shape[2]],
+    "half and double": lambda self, x: x / 2 + x * 0.5,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_words_are_taken(name, monkeypatch):
+    monkeypatch.setitem(BEFORE, name, HARMLESS[name])
+    accelerated(hostile(name))
 
 
 def test_an_activation_of_ones_own_that_looks_at_sizes():
@@ -228,8 +298,15 @@ class Depends(PaperCoordAtt):
     def two(self):
         return 2
 
-    def forward(self, x):
-        y = super().forward(from_closure(scaled(x))) * self.factor
+    def __init__(self, inp, oup):
+        super().__init__(inp, oup)
+        self.post, self.shortcut = nn.ModuleList(), nn.Sequential()
+
+    def forward(self, x, gain=1.0):
+        y = super().forward(from_closure(scaled(x))) * self.factor * gain
+        for layer in self.post:
+            y = layer(y)
+        y = self.shortcut(y)
         if SWITCH or hasattr(self, "clamp") or getattr(self, "late", None) is not None:
             y = y.clamp(-1, 1)
         return self.half(y) * self.two
@@ -253,6 +330,11 @@ CHANGES = {
     "global of a function": lambda m, p: p.setitem(globals(), "ONE", 3.0),
     "variable of an outer function": lambda m, p: change_closure(3.0),
     "code of a function, as on reloading": lambda m, p: p.setattr(scaled, "__code__", (lambda x: x * 9).__code__),
+    "layer more": lambda m, p: m.post.append(nn.ReLU()),
+    "layer more in a shortcut": lambda m, p: m.shortcut.append(nn.ReLU()),
+    "hook on a shortcut": lambda m, p: m.shortcut.register_forward_hook(lambda m, i, o: o * 2),
+    "attribute of type(module)": lambda m, p: p.setattr(type(m), "factor", 2.5),
+    "default": lambda m, p: p.setattr(Depends.forward, "__defaults__", (3.0,)),
     "forward of a child's class": lambda m, p: p.setattr(type(m.act), "forward", lambda self, x: x),
     "forward of the instance": lambda m, p: setattr(m, "forward", lambda x: x),
 }
@@ -275,6 +357,37 @@ def test_changes_are_seen(change, copied, monkeypatch):
     assert torch.equal(ours(x), expected)
     assert "forward of the instance" == change or explain(ours, x).tier == "original"
     change_closure(1.0)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x: x[0],
+        lambda x: x[None],
+        lambda x: [x, x],
+        lambda x: {"feature": x},
+    ],
+    ids=["three dimensions", "five", "list", "dict"],
+)
+def test_other_inputs_run_the_modules_own_forward(given):
+    class Takes(PaperCoordAtt):
+        def forward(self, x):
+            if x.dim() == 5:
+                return self.forward(x[0])[None]
+            return super().forward(x)
+
+    module = spread(Takes(C, C).double()).eval()
+    x = given(torch.randn(2, C, 9, 6, dtype=torch.float64))
+    results = []
+    for m in (module, accelerated(copy.deepcopy(module))):
+        try:
+            results.append(m(x))
+        except Exception as error:
+            results.append((type(error), str(error)))
+    if isinstance(results[0], torch.Tensor):
+        assert max(tolerances.errors(results[1], results[0])) < tolerances.FORMULAS_AGREE
+    else:
+        assert results[0] == results[1]
 
 
 def test_a_pickle_whose_class_was_changed_meanwhile(monkeypatch):

@@ -19,7 +19,6 @@ def module():
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         pytest.skip("Python.h is not here, which a Python module in C++ needs (python3-dev)")
     from build import build
-
     from coordatt_fast import ops
 
     spec = importlib.util.spec_from_file_location("coordatt_cuda_on_cpu", build())
