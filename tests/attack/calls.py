@@ -369,8 +369,10 @@ def _special(call, results, x, grad, params):
             kinds |= {"NaN": torch.isnan, "+inf": torch.isposinf}
         if name == "d conv1.bias" and call.training:
             continue
-        if name.startswith("d ") and call.norm == "batch" and call.shape[0] * sum(call.shape[2:]) == 2:
-            continue  # both strips are equal: rounding decides on which side of a kink zero is
+        # Rounding decides on which side of a kink a zero is, and PyTorch's vectors and tails differ at a NaN.
+        equal = call.shape[0] * sum(call.shape[2:]) == 2 or call.x in ("tiny", "zero", "constant")
+        if name.startswith("d ") and ((call.norm == "batch" and equal) or call.activation == "relu6"):
+            continue
         for kind, test in kinds.items():
             a, b, c = test(value), test(plain), test(truth)
             differ = (b == c) & (a != b) & ~near_the_top

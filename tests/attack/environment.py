@@ -241,8 +241,8 @@ expected, interrupted = run(), 0
 for _ in range(40):
     signal.setitimer(signal.ITIMER_REAL, 10.0)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 1e-5 + rng.random() * 0.01)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + rng.random() * 0.01)
         while True:
             run()
     except KeyboardInterrupt:

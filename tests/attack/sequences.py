@@ -187,7 +187,7 @@ class Lives(stateful.RuleBasedStateMachine):
         mine = self.ours.state_dict()
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
-            self._agree(name, value, theirs[name])
+            self._agree(name, value, theirs[name], scale=1e-2)
         if next(self.theirs.parameters()).dtype is not torch.float64:
             with torch.no_grad():
                 for name, value in mine.items():
