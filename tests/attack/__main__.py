@@ -5,9 +5,12 @@ there was one.
 """
 
 import argparse
+import concurrent.futures
 import os
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -17,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 warnings.filterwarnings("ignore")
 
 PARTS = ("calls", "sequences", "lookalikes", "changes", "environment")
-# Shares of the time, of two processes each: the first has calls alone.
+# A process each; a team's parts share its time.
 TEAMS = (("calls", "sequences"), ("lookalikes", "changes", "environment"))
 
 
@@ -34,18 +37,31 @@ def main() -> int:
 
         return rounds.run(chosen.part, seed, chosen.minutes, chosen.rounds)
     print(f"seed {seed}", flush=True)
-    workers = []
-    for team in TEAMS:
-        command = [sys.executable, "-m", "tests.attack", "--minutes", str(chosen.minutes), "--seed", str(seed)]
-        command += [f"--part={part}" for part in team]
-        command += [f"--rounds={chosen.rounds}"] if chosen.rounds else []
-        workers.append(subprocess.Popen(command))
-    statuses = []
-    try:
-        statuses = [worker.wait() for worker in workers]
-    except KeyboardInterrupt:
-        statuses = [worker.wait() or 1 for worker in workers]
-    return int(any(statuses))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return int(any(list(pool.map(lambda team: watched(team, seed, chosen), TEAMS))))
+
+
+def watched(team: tuple, seed: int, chosen) -> bool:
+    """Runs a team in a process, and another one from the next seed on where a signal has ended it. Whether any
+    failed."""
+    until, failed = time.monotonic() + 60 * chosen.minutes, False
+    last = seed + chosen.rounds if chosen.rounds else None
+    with tempfile.NamedTemporaryFile("r") as at:
+        while (left := (until - time.monotonic()) / 60) > 0 and (last is None or seed < last):
+            command = [sys.executable, "-X", "faulthandler", "-m", "tests.attack"]
+            command += [f"--minutes={left}", f"--seed={seed}", *(f"--part={part}" for part in team)]
+            command += [f"--rounds={last - seed}"] if last else []
+            worker = subprocess.Popen(command, env=os.environ | {"ATTACK_AT": at.name})
+            status = worker.wait()
+            failed |= status != 0
+            if status >= 0:
+                break
+            at.seek(0)
+            part, seed, case = (at.read().split(" ", 2) + ["", "", ""])[:3]
+            print(f"--- {part}, seed {seed}: ended by signal {-status}: python -m tests.attack --part {part} "
+                  f"--rounds 1 --seed {seed}\n{case}", flush=True)  # fmt: skip
+            seed = int(seed or last or 0) + 1
+    return failed
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ def _numbers(call, results, x, grad, params):
     momentum = call.momentum if call.momentum is not None else 1 / (call.tracked + 1)
     acc = torch.float64 if call.dtype is torch.float64 else torch.float32
     kind = {"no statistics": "batch"}.get(call.norm, call.norm)
-    balls, overflows = bounds.run(
+    balls, overflows, at_a_jump = bounds.run(
         x, params, grad, norm=kind, activation=call.activation, skip=call.skip, eps=call.eps, sums=acc,
         middle=acc if call.fused else call.dtype, groups=call.groups,
         momentum=momentum if call.norm == "batch" else None,
@@ -328,11 +328,11 @@ def _numbers(call, results, x, grad, params):
         wrong += _beside_plain(call, floats, balls, x, grad, params)
     if call.fused and call.training and "d conv1.bias" in floats and not special and floats["d conv1.bias"].any():
         wrong.append("d conv1.bias is not exactly zero")
-    return wrong + (_special(call, floats, x, grad, params) if special or wrong else [])
+    return wrong + (_special(call, floats, x, grad, params, at_a_jump) if special or wrong else [])
 
 
 # Children that round to half precision after every operation have wide bars; there the root mean square of the
-# error is also held against plain PyTorch's. 20,000 cases reach MEASURED.
+# error is also held against plain PyTorch's, of which 3,000 cases reached 2.2.
 TIMES_PLAIN = 30.0
 
 
@@ -354,7 +354,7 @@ def _beside_plain(call, results, balls, x, grad, params):
     return wrong
 
 
-def _special(call, results, x, grad, params):
+def _special(call, results, x, grad, params, at_a_jump):
     """NaN and infinities where plain PyTorch has them in float64 as well as in this dtype, and no others."""
     wrong, theirs = [], []
     for dtype in (None, torch.float64):
@@ -369,10 +369,8 @@ def _special(call, results, x, grad, params):
             kinds |= {"NaN": torch.isnan, "+inf": torch.isposinf}
         if name == "d conv1.bias" and call.training:
             continue
-        # Rounding decides on which side of a kink a zero is, and PyTorch's vectors and tails differ at a NaN.
-        equal = call.shape[0] * sum(call.shape[2:]) == 2 or call.x in ("tiny", "zero", "constant")
-        if name.startswith("d ") and ((call.norm == "batch" and equal) or call.activation == "relu6"):
-            continue
+        if name.startswith("d ") and (at_a_jump or (call.activation in ("relu6", "hard_swish") and not x.isfinite().all())):
+            continue  # rounding decides whether NaN goes on; at NaN PyTorch's own vectors and tails differ
         for kind, test in kinds.items():
             a, b, c = test(value), test(plain), test(truth)
             differ = (b == c) & (a != b) & ~near_the_top

@@ -101,8 +101,9 @@ class Lives(stateful.RuleBasedStateMachine):
     def both(self):
         return self.ours, self.theirs
 
-    def part(self, module, name):
-        return getattr(module, name)
+    @property
+    def coarse(self):
+        return next(self.theirs.parameters()).dtype is not torch.float64
 
     # Calls ------------------------------------------------------------------------------------------
 
@@ -131,9 +132,12 @@ class Lives(stateful.RuleBasedStateMachine):
     )  # fmt: skip
     def forward(self, seed, size, n, layout, leaf, mode, backend):
         manager = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]
-        x, outs, leaves = self._map(seed, size, n, layout), [], []
+        if self.coarse and n * sum(size) == 2:
+            n = 2  # two equal values in a normalisation: what comes out is rounding
+        outs, leaves = [], []
         for module in self.both:
             torch.manual_seed(seed)
+            x = self._map(seed, size, n, layout if module is self.ours else "contiguous")
             given = x.detach().requires_grad_(leaf and mode == "grad")
             with manager(), use_backend(backend if module is self.ours else "auto"):
                 try:
@@ -167,7 +171,10 @@ class Lives(stateful.RuleBasedStateMachine):
         # What it was computed from was written since: ours asks for all of it, plain for what that gradient needs.
         written = "modified by an inplace operation" in str(raised[0])
         assert raised[0] is None or raised[1] is not None or written, raised[0]
-        if raised == [None, None] and outs[0].dtype is torch.float64:
+        if raised != [None, None]:
+            for module in self.both:
+                module.zero_grad()
+        elif outs[0].dtype is torch.float64:
             self._agree("gradient of x", *(x.grad for x in leaves))
             self._gradients()
 
@@ -188,10 +195,10 @@ class Lives(stateful.RuleBasedStateMachine):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
             self._agree(name, value, theirs[name], scale=1e-2)
-        if next(self.theirs.parameters()).dtype is not torch.float64:
+        if self.coarse:
             with torch.no_grad():
                 for name, value in mine.items():
-                    if not value.is_inference():
+                    if not value.is_inference() and not torch.equal(value, theirs[name]):
                         value.copy_(theirs[name])
             for mine, other in zip(self.ours.parameters(), self.theirs.parameters()):
                 if mine.grad is not None and other.grad is not None:
@@ -289,8 +296,8 @@ class Lives(stateful.RuleBasedStateMachine):
 
     @stateful.rule()
     def channels_last(self):
-        for module in self.both:
-            module.to(memory_format=torch.channels_last)
+        """Ours alone: a layout is no number, and PyTorch's gradients of one image in it are wrong behind a hook."""
+        self.ours.to(memory_format=torch.channels_last)
         self.pending = None
 
     @stateful.rule(fill=st.sampled_from((0.0, 0.3)))
