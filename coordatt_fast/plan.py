@@ -444,7 +444,8 @@ def explain(module: Module, x: Tensor) -> Plan:
     """How module(x) would run now: in this grad mode, under this autocast and use_backend. Computes nothing.
 
     module is a CoordAtt or was accelerated (TypeError otherwise). Raises what the call itself would raise
-    before computing, and for an x that its first convolution does not take. Hooks are not run.
+    before computing, and for an x that its first convolution does not take. Hooks are not run, and what an
+    accelerated module's own forward raises (tier "original") is not foreseen.
     """
     accelerated = getattr(module, "__dict__", {}).get("_coordatt_fast")
     foreign = _foreign_forward(module) if isinstance(module, Module) else None
