@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import seeds
 import tolerances
 import torch
 from paper import PaperCoordAtt
@@ -52,12 +51,12 @@ class CoordAttThenConv(PaperCoordAtt):
 
 
 def both():
-    seeds.seed(0)
+    torch.manual_seed(0)
     return nn.ModuleDict({"net": Small(), "other": Small(CoordAttThenConv)}).net
 
 
 def two_kinds():
-    seeds.seed(0)
+    torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 8, 1), PaperCoordAtt(8, 8), CoordAttThenConv(8, 8), nn.BatchNorm2d(8))
 
 
@@ -469,7 +468,7 @@ class GradientsOff(side_by_side.Published):
     ids=["weight", "momentum", "gradient", "NaN", "no gradients"],
 )
 def test_differences_see(change, group):
-    seeds.seed(0)
+    torch.manual_seed(0)
     original = side_by_side.Published(16)
     other = copy.deepcopy(original)
     change(other)
