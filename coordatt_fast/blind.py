@@ -131,7 +131,6 @@ class Blind(Tensor):
                 return out if known else Size(out)
             return closed(out)
 
-
     def __getattr__(self, name: str):
         raise _different(f"its forward asks its input for {name}")
 
@@ -187,7 +186,7 @@ def _look_at(name: str, args: tuple, kwargs: dict) -> None:
         if len(given) != 1 or type(given[0]) is not int or shape[given[0]] != 1:
             raise _different("its forward drops dimensions of one, which may be the map's own")
         return
-    numbers = [v for v in (*args[1:], *kwargs.values()) if type(v) in (int, float)]
+    numbers = [v for v in given if type(v) in (int, float)]
     if name in _CLAMPS:
         if not all(float(v) in _THRESHOLDS for v in numbers):
             raise _different(f"its forward clamps values to {', '.join(map(str, numbers))}")

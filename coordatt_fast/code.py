@@ -66,8 +66,8 @@ _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__ge
 # Methods of nn.Module that no forward runs by itself.
 _ASIDE = frozenset(
     "__init__ __init_subclass__ __repr__ __str__ __new__ __del__ __prepare_scriptable__ extra_repr "
-    "reset_parameters state_dict "
-    "load_state_dict train eval to cuda cpu half float double bfloat16 type apply _apply zero_grad".split()
+    "reset_parameters state_dict load_state_dict train eval to cuda cpu half float double bfloat16 type "
+    "apply _apply zero_grad".split()
 )
 
 
@@ -161,25 +161,22 @@ class Code:
                 raise Different(f"{kind.__name__} overrides {name}")
         bases = [k for k in kind.__mro__ if is_of_torch(k) and k is not nn.Module]
         names = {"forward"}
-        for k in (k for k in kind.__mro__ if not is_of_torch(k) and k is not object):
+        for k in _own_classes(kind):
             for name, value in vars(k).items():
-                if isinstance(value, types.FunctionType) and _is_dunder(name) and name not in _ASIDE:
+                if not isinstance(value, types.FunctionType) or name in _ASIDE:
+                    continue
+                if _is_dunder(name):
                     raise Different(f"{kind.__name__} overrides {name}")
-            # An override of what a class of torch's calls in its own forward.
-            names |= {
-                name
-                for name, value in vars(k).items()
-                if isinstance(value, types.FunctionType) and name not in _ASIDE
-                if any(name in vars(base) for base in bases)
-            }
+                if any(name in vars(base) for base in bases):
+                    names.add(name)  # what a class of torch's may call in its own forward
         self.own |= names
         self._follow(names, kind)
 
     def _follow(self, names: set[str], kind: type | None) -> None:
         """What names mean in kind's classes, up to those of torch."""
+        places = _own_classes(kind) if kind else []
         for name in names - self._followed:
             self._followed.add(name)
-            places = [k for k in kind.__mro__ if not is_of_torch(k) and k is not object] if kind else []
             if any(name in vars(k) for k in places):
                 for k in places:  # all of them: super() reaches the later ones, a new one hides them
                     value = vars(k).get(name, Absent)
@@ -337,7 +334,6 @@ def strange_words(module: nn.Module, code: Code) -> list[str]:
 
     # What is asked of anything but self may be nobody's but a tensor's.
     strange = code.words - WORDS - {"forward"}
-
     # A name that self does not have cannot be run; wiring.py watches that it stays so.
     own = {word for word in code.own if hasattr(module, word)}
     return [*code.strange, *strange, *filter(is_strange, own - WORDS - {"training", "forward"})]
@@ -368,6 +364,11 @@ def is_data(value) -> bool:
     return function or isinstance(value, _PLAIN) or _known(value)
 
 
+def _own_classes(kind: type) -> list[type]:
+    """Of kind and what it inherits from, those that are neither torch's nor Python's."""
+    return [k for k in kind.__mro__ if not is_of_torch(k) and k is not object]
+
+
 def _is_dunder(name: str) -> bool:
     return name.startswith("__") and name.endswith("__")
 
@@ -393,26 +394,27 @@ def _scan(code: types.CodeType) -> _Scan:
     both = "STORE_FAST_LOAD_FAST"  # stores one, then loads another
     if any(first in (_names_of(step)[:1] if step.opname == both else _names_of(step)) for step in stores):
         first = None
-    on_first = is_super = False  # what the next attribute is taken of; "called" once super() is there
+    on_first = on_super = False  # what the next attribute is taken of
+    calls_super = False  # super is loaded, its call is to come
     for i, step in enumerate(steps):
         op, name = step.opname, step.argval
         if op.startswith("LOAD_") and op.endswith(("_ATTR", "_METHOD")):
             if chain:
                 chain.append(name)
             else:
-                (of_first if on_first or is_super == "called" else attributes).add(name)
-            on_first = is_super = False
+                (of_first if on_first or on_super else attributes).add(name)
+            on_first = on_super = calls_super = False
             continue
         loads = op.startswith("LOAD_FAST") or op == both
         on_first = loads and first is not None and _names_of(step)[-1] == first
-        if is_super:
-            is_super = "called" if op.startswith("CALL") else is_super is True
+        on_super = calls_super and op.startswith("CALL")
+        calls_super = calls_super and not on_super
         if chain:
             chains.add(tuple(chain))
             chain = []
         if op in ("LOAD_GLOBAL", "LOAD_NAME") or (op.startswith("LOAD_") and op.endswith("DEREF")):
             chain = [name]
-            is_super = is_super or name == "super"
+            calls_super = calls_super or name == "super"
             if name in ("getattr", "hasattr"):
                 asked = _asked(steps[i + 1 : i + 3], first)
                 strings.add(asked) if asked else None

@@ -72,13 +72,14 @@ class CoordAtt(nn.Module):
     def _by_children(self, x: Tensor, fast: bool) -> Tensor:
         """The hybrid (fast) and reference tiers: the module's own children between pool and gate."""
         plan.check_plain(self._modules, x)
-        lay = plan.laid_out if fast else lambda child, y: y
         if plan.special_pools(self._modules):
             pooled = torch.cat([self.pool_h(x), self.pool_w(x).transpose(2, 3)], dim=2)
         else:
             pooled = ops.pool(x) if fast else reference.pool(x)
-        y = self.bn1(lay(self.bn1, self.conv1(lay(self.conv1, pooled))))
-        y_h, y_w = reference.split(lay(self.conv_h, self.act(lay(self.act, y))), x)
+        y = pooled
+        for child in (self.conv1, self.bn1, self.act):
+            y = child(plan.laid_out(child, y, fast))
+        y_h, y_w = reference.split(plan.laid_out(self.conv_h, y, fast), x)
         s_h, s_w = self.conv_h(y_h), self.conv_w(y_w)
         fast = fast and plan.gate_fits(x, s_h, s_w)
         out = ops.gate(x, s_h, s_w, self.skip) if fast else reference.gate(x, s_h, s_w, self.skip)

@@ -225,14 +225,14 @@ def autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(kind) and _is_autocast_enabled(kind)
 
 
-def laid_out(child: Module, y: Tensor) -> Tensor:
-    """y [N, M, L, 1] of the hybrid tier in the memory format that child computes best in.
+def laid_out(child: Module, y: Tensor, fast: bool) -> Tensor:
+    """y [N, M, L, 1] in the memory format that child computes best in, where the tier is hybrid (fast).
 
     Plain convolutions take channels dense. All else takes contiguous tensors, since PyTorch sums the
     statistics of channels_last ones less exactly, and in float16 within its range; so do convolutions in half
     precision, which let NaN into other pixels of channels_last ones, and those that somebody listens to.
     """
-    if type(y) not in _PLAIN or y.dim() != 4:
+    if not fast or type(y) not in _PLAIN or y.dim() != 4:
         return y
     dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y) or observed(child))
     return y.contiguous(memory_format=torch.channels_last if dense else torch.contiguous_format)

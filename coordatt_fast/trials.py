@@ -20,7 +20,7 @@ CALLED = (nn.Conv2d, *NORMS)
 TOLERANCE = 1e-9
 # In other dtypes, of the norm: the gates amplify how two orders of the same operations round.
 _OWN_DTYPE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
-_LARGE = 19
+_LARGE = 19  # H and W of the larger map
 # N, H and W to run blind on: a threshold, a table or a number of digits shows in one of them. The last has no
 # data; operators without data are Python and take 100 times as long as those of the first two.
 _BLIND_SIZES = ((2, 1, 1), (1, 3, 5), (70_001, 10_007, 20_011))
@@ -55,6 +55,7 @@ def _results(twin: nn.Module, call, x: Tensor, grad: Tensor | None, training: bo
 
 
 def off_by(have: Tensor | None, wanted: Tensor | None) -> float:
+    """The largest difference over the largest wanted value; infinite where only one is there, or for NaN."""
     if have is None or wanted is None:
         return 0.0 if have is wanted else math.inf
     if have.shape != wanted.shape:
@@ -132,8 +133,7 @@ def agree_elsewhere(make, wiring: Wiring, module: nn.Module, c: int, generator) 
     the module's own dtypes and channels_last."""
     dtypes = (p.dtype for p in nn.Module.parameters(module))
     dtype = next((d for d in dtypes if d.is_floating_point), torch.float64)
-    side = _LARGE
-    large = noise((1, c, side, 1), generator) + noise((1, c, 1, side), generator)
+    large = noise((1, c, _LARGE, 1), generator) + noise((1, c, 1, _LARGE), generator)
     large = large.to(dtype, memory_format=torch.channels_last)
     zeros = torch.zeros(2, c, 1, 1, dtype=torch.float64)
     for x, limit in ((zeros, TOLERANCE), (large, _OWN_DTYPE.get(dtype, TOLERANCE))):

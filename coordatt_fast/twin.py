@@ -30,7 +30,7 @@ def noise(shape, generator: torch.Generator) -> Tensor:
 
 def twin_of(module: nn.Module, generator: torch.Generator | None, memo: dict) -> nn.Module:
     """A module of the same classes and settings with random float64 tensors (without a generator: the same
-    parameters and a copy of its buffers). No hook runs in it, not even a global one; see observe."""
+    parameters and a copy of its buffers). No hook runs in it, not even a global one; see observed."""
     if id(module) in memo:
         return memo[id(module)]
     kind = nn.BatchNorm2d if type(module) is nn.SyncBatchNorm else type(module)

@@ -172,7 +172,7 @@ class Wiring(NamedTuple):
 
     def gated(self, module: nn.Module, x: Tensor, y: Tensor, fast: bool) -> Tensor:
         """The rest of that, from the squeezed features y [N, M, H + W, 1] on."""
-        y_h, y_w = reference.split(plan.laid_out(find(module, self.conv_h), y) if fast else y, x)
+        y_h, y_w = reference.split(plan.laid_out(find(module, self.conv_h), y, fast), x)
         s_h, s_w = find(module, self.conv_h)(y_h), find(module, self.conv_w)(y_w)
         fast = fast and plan.gate_fits(x, s_h, s_w)
         return ops.gate(x, s_h, s_w, self.skip) if fast else reference.gate(x, s_h, s_w, self.skip)
@@ -182,7 +182,7 @@ class Wiring(NamedTuple):
         y = pooled
         for path in self.chain:
             child = find(module, path)
-            y = child(plan.laid_out(child, y) if fast else y)
+            y = child(plan.laid_out(child, y, fast))
         return y if self.tail is None else reference.ACTIVATIONS[self.tail](y)
 
     def by_parts(self, module: nn.Module, pooled: Tensor) -> Tensor:
@@ -229,9 +229,8 @@ def watch(path: Path, module: nn.Module, codes: list[Code] | None, *, container:
     ValueError for an attribute whose changes could not be seen.
     """
     d, kind, attributes = module.__dict__, type(module), []
-    asked = {name for code in codes or () for name in code.own | code.strings}
-    read = asked.union(*(code.words for code in codes or ()))
-    for name in list(d) if codes is None else sorted(read):
+    asked = sorted({name for code in codes or () for name in code.own | code.strings})
+    for name in d if codes is None else asked:
         if name in OWN or name == "forward":
             continue
         value = d.get(name, Absent)
@@ -241,9 +240,9 @@ def watch(path: Path, module: nn.Module, codes: list[Code] | None, *, container:
             raise ValueError(f"changes of {'.'.join((*path, name))} could not be seen")
         if value is not Absent or not is_of_torch(owner(kind, name)):
             attributes.append((name, snapshot(value)))
-    missing = sorted(name for name in asked if not hasattr(module, name))
+    missing = tuple(name for name in asked if not hasattr(module, name))
     children = tuple(d["_modules"]) if container else None
-    return Watch(path, kind if path else None, tuple(attributes), tuple(missing), children)
+    return Watch(path, kind if path else None, tuple(attributes), missing, children)
 
 
 _BLANK = nn.Module().__dict__

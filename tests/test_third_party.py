@@ -42,7 +42,7 @@ def without_kinks(model):
     rounding decides on which side they are, and one that changes sides moves gradients far more than rounding does."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, (nn.ReLU, nn.ReLU6, nn.Hardswish)) or type(child).__name__ == "h_swish":
+            if isinstance(child, (nn.ReLU, nn.ReLU6, nn.Hardswish)):
                 setattr(module, name, nn.SiLU())
             elif isinstance(child, nn.MaxPool2d):
                 setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
