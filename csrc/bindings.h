@@ -186,6 +186,19 @@ inline Call call_of(const Tensor& x, int64_t norm, int64_t activation, bool skip
   return call;
 }
 
+// What the gate alone is given for its rows and columns, in any dtype and strides; float64 beside float64.
+inline void check_logits(const Shape& s, const Tensor& x, const Tensor& s_h, const Tensor& s_w) {
+  check_device(s_h, x, "s_h");
+  check_device(s_w, x, "s_w");
+  CHECK(s_h.dim() == 4 && s_h.size(0) == s.n && s_h.size(1) == s.c && s_h.size(2) == s.h && s_h.size(3) == 1,
+        "s_h must be [N, C, H, 1]");
+  CHECK(s_w.dim() == 4 && s_w.size(0) == s.n && s_w.size(1) == s.c && s_w.size(2) == 1 && s_w.size(3) == s.w,
+        "s_w must be [N, C, 1, W]");
+  bool wide = dtype_of(x, "x") == DType::f64;
+  CHECK((dtype_of(s_h, "s_h") == DType::f64) == wide && (dtype_of(s_w, "s_w") == DType::f64) == wide,
+        "logits must be float64 exactly where x is");
+}
+
 struct ForwardTensors {
   const Tensor& conv1_weight; const MaybeTensor& conv1_bias;
   const MaybeTensor& bn_weight; const MaybeTensor& bn_bias;

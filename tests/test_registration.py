@@ -34,22 +34,22 @@ def sample(op, case, grad_needed=False):
     norm = ["none", "running", "batch"].index(case.norm)
     n, c, h, w = case.shape
     if op == "attend":
-        return (*front, activation, case.skip), {}
+        return (*front, activation, case.skip)
     if op == "attend_out":
-        return (*front, activation, case.skip, torch.zeros_like(d.x)), {}
+        return (*front, activation, case.skip, torch.zeros_like(d.x))
     if op == "attend_train":
-        return (*front, norm, activation, case.skip), {}
+        return (*front, norm, activation, case.skip)
     running = (torch.zeros(case.mid), torch.ones(case.mid), torch.zeros((), dtype=torch.long))
     if case.dtype is torch.float64:
         running = (*(t.double() for t in running[:2]), running[2])
     if op == "attend_train_update":
-        return (*front, norm, activation, case.skip, *running, 0.1), {}
+        return (*front, norm, activation, case.skip, *running, 0.1)
     saved = ops().attend_train(*front, norm, activation, case.skip)[1:]
     if op == "attend_backward":
         weights = [a[0], a[2], a[3], 1e-5, a[6], a[8]]
-        return (d.grad, d.x, *saved, *weights, norm, activation, case.skip, grad_needed or 0x1FF), {}
+        return (d.grad, d.x, *saved, *weights, norm, activation, case.skip, grad_needed or 0x1FF)
     if op == "update_running_stats":
-        return (*running, saved[1], saved[3], saved[4], 0.1), {}
+        return (*running, saved[1], saved[3], saved[4], 0.1)
     generator = seeds.generator(5)
     s_h, s_w = (torch.randn(s, generator=generator).to(case.dtype) for s in ((n, c, h, 1), (n, c, 1, w)))
     strips = feature_map((n, c, h + w, 1), generator, case.dtype)
@@ -58,7 +58,7 @@ def sample(op, case, grad_needed=False):
         "pool_backward": (strips, d.x),
         "gate": (d.x, s_h, s_w, case.skip),
         "gate_backward": (d.grad, d.x, s_h, s_w, case.skip),
-    }[op], {}
+    }[op]
 
 
 OPS = ["attend", "attend_out", "attend_train", "attend_train_update", "attend_backward", "update_running_stats"]
@@ -87,19 +87,18 @@ def test_opcheck(op, case):
     case = CASES[case]
     if not fits(op, case):
         pytest.skip("the op has no such call")
-    args, kwargs = sample(op, case)
-    opcheck(getattr(ops(), op).default, args, kwargs)
+    opcheck(getattr(ops(), op).default, sample(op, case))
 
 
 @pytest.mark.parametrize("op", ["attend_train", "pool", "gate"])
 @pytest.mark.parametrize("case", ["nchw float32 batch", "nhwc float32 running", "nchw float64 none silu"])
 def test_opcheck_with_gradients(op, case):
     """Also runs AOT autograd over the registered formula and compares with eager."""
-    args, kwargs = sample(op, CASES[case])
+    args = sample(op, CASES[case])
     args = [a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     if op == "attend_train":  # running statistics take no gradient
         args[5], args[6] = (t if t is None else t.detach() for t in args[5:7])
-    opcheck(getattr(ops(), op).default, tuple(args), kwargs)
+    opcheck(getattr(ops(), op).default, tuple(args))
 
 
 RELAYOUTS = {
@@ -123,9 +122,8 @@ def test_fake_has_the_strides_of_the_real_one(op, layout, relayout):
         case = case.but(layout=layout)
         if not fits(op, case) or (needs != 0x1FF and op != "attend_backward"):
             continue
-        args, kwargs = sample(op, case, needs)
+        args = list(sample(op, case, needs))
         place = 1 if op in ("attend_backward", "gate_backward", "pool_backward") else 0
-        args = list(args)
         if op != "update_running_stats":
             args[place] = RELAYOUTS[relayout](args[place])
         if op == "attend_out":
@@ -135,8 +133,8 @@ def test_fake_has_the_strides_of_the_real_one(op, layout, relayout):
         call = getattr(ops(), op).default
         with FakeTensorMode() as mode:
             fake = lambda v: mode.from_tensor(v) if torch.is_tensor(v) else v
-            expected = call(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
-        got = call(*args, **kwargs)
+            expected = call(*map(fake, args))
+        got = call(*args)
         as_tuple = lambda r: () if r is None else (r,) if torch.is_tensor(r) else r
         assert len(as_tuple(got)) == len(as_tuple(expected))
         for index, (a, b) in enumerate(zip(as_tuple(got), as_tuple(expected))):
@@ -147,7 +145,7 @@ def test_fake_has_the_strides_of_the_real_one(op, layout, relayout):
 @pytest.mark.parametrize("case", CASES)
 def test_needs_decide_what_is_computed(case):
     """attend_backward gives an empty tensor for what is not wanted, and the same bits for what is."""
-    args, _ = sample("attend_backward", CASES[case])
+    args = sample("attend_backward", CASES[case])
     everything = ops().attend_backward(*args)
     assert all(t.numel() or 0 in CASES[case].shape for t in everything[:2])
     for needs in [1 << i for i in range(9)] + [0x1FE, 0b110000110, 0]:
@@ -167,9 +165,9 @@ def test_attend_is_attend_train(dtype):
     for layout in LAYOUTS:
         for norm in ("running", "none"):
             case = Case(*AWKWARD["primes"], dtype=FLOATS[dtype], layout=layout, norm=norm)
-            out, pooled, squeezed, gates, mean, var = ops().attend_train(*sample("attend_train", case)[0])
+            out, pooled, squeezed, gates, mean, var = ops().attend_train(*sample("attend_train", case))
             assert (
-                max(tolerances.errors(ops().attend(*sample("attend", case)[0]), out))
+                max(tolerances.errors(ops().attend(*sample("attend", case)), out))
                 <= torch.finfo(out.dtype).eps
             )
             n, c, h, w = case.shape

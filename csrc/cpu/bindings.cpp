@@ -128,12 +128,7 @@ Tensor pool_backward(const Tensor& grad, const Tensor& x) {
 // [R, C] gates from logits.
 Tensor gates_of(const Tensor& x, const Call& call, const Tensor& s_h, const Tensor& s_w, ScalarType acc) {
   const Shape& s = call.shape;
-  check_device(s_h, x, "s_h");
-  check_device(s_w, x, "s_w");
-  CHECK(s_h.dim() == 4 && s_h.size(0) == s.n && s_h.size(1) == s.c && s_h.size(2) == s.h && s_h.size(3) == 1,
-        "s_h must be [N, C, H, 1]");
-  CHECK(s_w.dim() == 4 && s_w.size(0) == s.n && s_w.size(1) == s.c && s_w.size(2) == 1 && s_w.size(3) == s.w,
-        "s_w must be [N, C, 1, W]");
+  check_logits(s, x, s_h, s_w);
   Tensor gates = empty2(x, s.rows(), s.c, acc);
   gather_rows(s_h, 2, acc, gates.mutable_data_ptr());
   gather_rows(s_w, 3, acc, (char*)gates.mutable_data_ptr() + s.n * s.h * s.c * (acc == ScalarType::Double ? 8 : 4));

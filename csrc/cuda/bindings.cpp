@@ -135,23 +135,10 @@ Tensor pool_backward(const Tensor& grad, const Tensor& x) {
   return dx;
 }
 
-void check_logits(const Call& call, const Tensor& x, const Tensor& s_h, const Tensor& s_w) {
-  const Shape& s = call.shape;
-  check_device(s_h, x, "s_h");
-  check_device(s_w, x, "s_w");
-  CHECK(s_h.dim() == 4 && s_h.size(0) == s.n && s_h.size(1) == s.c && s_h.size(2) == s.h && s_h.size(3) == 1,
-        "s_h must be [N, C, H, 1]");
-  CHECK(s_w.dim() == 4 && s_w.size(0) == s.n && s_w.size(1) == s.c && s_w.size(2) == 1 && s_w.size(3) == s.w,
-        "s_w must be [N, C, 1, W]");
-  bool wide = call.dtype == DType::f64;
-  CHECK((dtype_of(s_h, "s_h") == DType::f64) == wide && (dtype_of(s_w, "s_w") == DType::f64) == wide,
-        "logits must be float64 exactly where x is");
-}
-
 Tensor gate(const Tensor& x, const Tensor& s_h, const Tensor& s_w, bool skip) {
   Call call = call_of(x, 0, 0, skip);
   check_map_fits(call);
-  check_logits(call, x, s_h, s_w);
+  check_logits(call.shape, x, s_h, s_w);
   Tensor in = native(x, call.nhwc), out = Cuda::empty_map(x, makes_nhwc(x, skip));
   Here here(x);
   cuda::OutsideMiddle logits{lines_of(s_h, 2, "s_h"), lines_of(s_w, 3, "s_w")};
@@ -164,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tenso
   Call call = call_of(x, 0, 0, skip);
   check_map_fits(call);
   check_like(grad, x, "grad");
-  check_logits(call, x, s_h, s_w);
+  check_logits(call.shape, x, s_h, s_w);
   const Shape& s = call.shape;
   Tensor in = native(x, call.nhwc), g = native(grad, call.nhwc), dx = Cuda::empty_map(x, call.nhwc);
   Tensor ds_h = empty_strided(x, {s.n, s.c, s.h, 1}, {s.h * s.c, 1, s.c, s.c}, s_h.scalar_type());

@@ -269,10 +269,7 @@ def test_batches_are_counted_in_any_dtype():
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_the_kernels_refuse(op, monkeypatch):
-    monkeypatch.setattr(test_registration, "ops", lambda: torch.ops.coordatt_fast_cuda_on_cpu)
-    promises.refuses_what_has_no_memory(op, torch.ops.coordatt_fast_cuda_on_cpu)
-    if op in ("attend", "attend_train", "attend_train_update", "attend_backward"):
-        promises.refuses_other_shapes(op, torch.ops.coordatt_fast_cuda_on_cpu)
+    promises.refuses_wrong_tensors(op, torch.ops.coordatt_fast_cuda_on_cpu, monkeypatch)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

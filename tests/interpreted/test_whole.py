@@ -166,7 +166,7 @@ def test_gradient_where_the_activation_is_flat(activation):
 
 def test_an_unknown_activation_is_refused():
     case = Case((1, 5, 4, 3), 9)
-    arguments, _ = test_registration.sample("attend", case.but(norm="running"))
+    arguments = test_registration.sample("attend", case.but(norm="running"))
     with pytest.raises(Exception, match="no such activation"):
         torch.ops.coordatt_fast_triton.attend(*arguments[:-2], 4, False)
 
@@ -195,10 +195,7 @@ def test_batches_are_counted_in_any_dtype():
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_the_kernels_refuse(op, monkeypatch):
-    monkeypatch.setattr(test_registration, "ops", lambda: torch.ops.coordatt_fast_triton)
-    promises.refuses_what_has_no_memory(op, torch.ops.coordatt_fast_triton)
-    if op in ("attend", "attend_train", "attend_train_update", "attend_backward"):
-        promises.refuses_other_shapes(op, torch.ops.coordatt_fast_triton)
+    promises.refuses_wrong_tensors(op, torch.ops.coordatt_fast_triton, monkeypatch)
 
 
 @pytest.mark.parametrize("training", [True, False])
