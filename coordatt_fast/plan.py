@@ -36,7 +36,7 @@ ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu
 CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_BATCH_NORMS = (BatchNorm2d, SyncBatchNorm)
+BATCH_NORMS = (BatchNorm2d, SyncBatchNorm)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
@@ -203,13 +203,13 @@ def check_plain(children: dict, x: Tensor) -> None:
     if not all(type(conv) is Conv2d and pointwise(conv.__dict__) for conv in (conv1, conv_h, conv_w)):
         return
     bn = (None,) * 4 if type(bn1) is Identity else None
-    if type(bn1) in _BATCH_NORMS:
+    if type(bn1) in BATCH_NORMS:
         bn = bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var
     if bn is not None:
         gates = conv_h.weight, conv_h.bias, conv_w.weight, conv_w.bias
         tensors = (conv1.weight, conv1.bias, *bn, *gates)
         checks.parameters(x, tensors, checks.MODULE_NAMES, autocast(x), broadcast=True)
-        if type(bn1) in _BATCH_NORMS:
+        if type(bn1) in BATCH_NORMS:
             checks.epsilon(bn1.eps, bn1.training or bn1.running_mean is None)
 
 
@@ -292,7 +292,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
         ww, bw = parameters["weight"], parameters["bias"]
 
         bn1, act, group = children["bn1"], children["act"], None
-        if type(bn1) in _BATCH_NORMS:
+        if type(bn1) in BATCH_NORMS:
             d = bn1.__dict__
             parameters, buffers = d["_parameters"], d["_buffers"]
             gamma, beta = parameters["weight"], parameters["bias"]

@@ -198,11 +198,14 @@ def _part(scene, t, rank):
 def _step(scene, seed, rank, group):
     d = data(scene.case, seed)
     (module, call), x = _module(scene, d.params, group), _part(scene, d.x, rank)
-    with autocast(scene.case):
+    with autocast(scene.case), mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gather:
         how = explain(module, x)
         result = _called(scene, module, call, x, _part(scene, d.grad, rank))
     assert (how.tier, how.backend) == ("fused", "cpu"), str(how)
     assert ("2 processes" in how.reason) == scene.joined, how.reason
+    # Two processes make no group of more than one that differs from all: it is seen in the call alone.
+    groups = {call.kwargs.get("group") for call in gather.call_args_list}
+    assert groups == ({group or dist.group.WORLD} if scene.joined else set())
     return result
 
 
