@@ -31,12 +31,12 @@ from coordatt_fast.reference import ACTIVATIONS
 
 FUSED, HYBRID, REFERENCE, ORIGINAL = "fused", "hybrid", "reference", "original"
 
+BATCH_NORMS = (BatchNorm2d, SyncBatchNorm)
 CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
 ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu6": ReLU6}
 CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BATCH_NORMS = (BatchNorm2d, SyncBatchNorm)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
@@ -172,6 +172,19 @@ def pointwise(d: dict) -> bool:
     )
 
 
+def _process_group(sync: dict):
+    """The processes over which a SyncBatchNorm in training takes its statistics; None where it is as a
+    BatchNorm2d.
+
+    sync: its instance dictionary.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = sync["process_group"] or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
 def observed(child: Module | None) -> bool:
     """Whether a call of the child does more than its class says."""
     if child is None or _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
@@ -230,19 +243,6 @@ def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
     kinds = {torch.promote_types(x.dtype, s.dtype) for s in (s_h, s_w)}
     plain = type(s_h) in _PLAIN and type(s_w) in _PLAIN
     return plain and kinds == {x.dtype} and s_h.shape == (n, c, h, 1) and s_w.shape == (n, c, 1, w)
-
-
-def _process_group(sync: dict):
-    """The processes over which a SyncBatchNorm in training takes its statistics; None where it is as a
-    BatchNorm2d.
-
-    sync: its instance dictionary.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    group = sync["process_group"] or distributed.group.WORLD
-    return group if distributed.get_world_size(group) > 1 else None
 
 
 def arguments(settings: dict, x) -> tuple | Detour:
