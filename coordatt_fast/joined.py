@@ -2,7 +2,8 @@
 
 Each call exchanges one small tensor per direction, in float64: forward the rows, means and squared deviations
 of every process [1 + 2 M], backward two sums [2 M]. Every process combines them in the order of the ranks, so
-all have the same bits. As with SyncBatchNorm the parameters' gradients are of the process's own images.
+all have the same bits. As with SyncBatchNorm the parameters' gradients are of the process's own images; that
+of conv1's bias is zero, as its sum over the processes is.
 """
 
 import torch
