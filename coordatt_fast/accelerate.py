@@ -203,7 +203,7 @@ def _describe(module: nn.Module, wiring: Wiring) -> tuple[str, str]:
     bn1, act = children["bn1"], children["act"]
     fused = (
         all(type(conv) is nn.Conv2d for conv in convolutions)
-        and type(bn1) in (nn.BatchNorm2d, nn.Identity)
+        and type(bn1) in (*plan.BATCH_NORMS, nn.Identity)
         and type(act) in plan.CODES
     )
     differs = []

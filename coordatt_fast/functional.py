@@ -75,8 +75,9 @@ def coord_att(
         target = x if inplace else out
         try:
             return ops.attention(
-                x, weights, norm, _CODES[activation], skip, num_batches_tracked, momentum, update, target
-            )
+                x, weights, norm, _CODES[activation], skip,
+                num_batches_tracked, momentum, update, None, target,
+            )  # fmt: skip
         except RuntimeError:
             checks.parameters(x, tensors, checks.FUNCTIONAL_NAMES, plan.autocast(x))
             if norm != ops.NORM_NONE:

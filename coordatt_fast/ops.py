@@ -132,12 +132,19 @@ def _below_autograd():
 # variance (None where absent), eps, conv_h's weight and bias, conv_w's weight and bias.
 
 
-def attention(x, weights, norm, activation, skip, tracked, momentum, update, out):
+def attention(x, weights, norm, activation, skip, tracked, momentum, update, group, out):
     """The fused function of x [N, C, H, W], moving the running statistics (and tracked) where update is true.
 
-    norm and activation are integer codes. The result is written into out where that is given, unless a
-    gradient is recorded: then out is left alone.
+    norm and activation are integer codes. group: the processes that batch statistics are taken over; None for
+    this one. The result is written into out where that is given, unless a gradient is recorded: then out is
+    left alone.
     """
+    if group is not None:
+        from coordatt_fast import joined
+
+        run = joined.uncompiled if _is_compiling() and joined.make_uncompiled() else joined.attention
+        result = run(x, weights, activation, skip, tracked, momentum, update, group)
+        return result if out is None or result.requires_grad else out.copy_(result)
     ops = _cpu if x.is_cpu and not INTERPRETED else operators(x)
     if _is_grad_enabled() and (x.requires_grad or _any_requires_grad(weights)):
         if _is_compiling():

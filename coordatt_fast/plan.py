@@ -17,6 +17,7 @@ from torch.nn import (
     ReLU,
     ReLU6,
     SiLU,
+    SyncBatchNorm,
 )
 from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
 from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
@@ -31,6 +32,7 @@ from coordatt_fast.reference import ACTIVATIONS
 
 FUSED, HYBRID, REFERENCE, ORIGINAL = "fused", "hybrid", "reference", "original"
 
+BATCH_NORMS = (BatchNorm2d, SyncBatchNorm)
 CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
 ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu6": ReLU6}
 CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
@@ -173,6 +175,19 @@ def pointwise(d: dict) -> bool:
     )
 
 
+def _process_group(sync: dict):
+    """The processes over which a SyncBatchNorm in training takes its statistics; None where it is as a
+    BatchNorm2d.
+
+    sync: its instance dictionary.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = sync["process_group"] or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
 def observed(child: Module | None) -> bool:
     """Whether a call of the child does more than its class says."""
     if child is None or _hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks:
@@ -205,13 +220,13 @@ def check_plain(children: dict, x: Tensor) -> None:
     if not all(type(conv) is Conv2d and pointwise(conv.__dict__) for conv in (conv1, conv_h, conv_w)):
         return
     bn = (None,) * 4 if type(bn1) is Identity else None
-    if type(bn1) is BatchNorm2d:
+    if type(bn1) in BATCH_NORMS:
         bn = bn1.weight, bn1.bias, bn1.running_mean, bn1.running_var
     if bn is not None:
         gates = conv_h.weight, conv_h.bias, conv_w.weight, conv_w.bias
         tensors = (conv1.weight, conv1.bias, *bn, *gates)
         checks.parameters(x, tensors, checks.MODULE_NAMES, autocast(x), broadcast=True)
-        if type(bn1) is BatchNorm2d:
+        if type(bn1) in BATCH_NORMS:
             checks.epsilon(bn1.eps, bn1.training or bn1.running_mean is None)
 
 
@@ -323,7 +338,8 @@ def arguments(settings: dict, x) -> tuple | Detour:
         parameters = conv_w["_parameters"]
         ww, bw = parameters["weight"], parameters["bias"]
 
-        if type(bn1) is BatchNorm2d:
+        group = None
+        if type(bn1) in BATCH_NORMS:
             d = bn1.__dict__
             parameters, buffers = d["_parameters"], d["_buffers"]
             gamma, beta = parameters["weight"], parameters["bias"]
@@ -335,6 +351,9 @@ def arguments(settings: dict, x) -> tuple | Detour:
             eps, momentum, training = d["eps"], d["momentum"], d["training"]
             norm = NORM_BATCH if training or mean is None else NORM_GIVEN
             update = training and d["track_running_stats"]
+            if training and type(bn1) is SyncBatchNorm and (group := _process_group(d)) is not None:
+                if ops.operators(x).name != "cpu":
+                    return Detour(HYBRID, "bn1 is a SyncBatchNorm over processes: no kernels but the cpu's")
         elif type(bn1) is Identity:
             gamma = beta = mean = var = tracked = momentum = None
             eps, norm, update = 0.0, NORM_NONE, False
@@ -364,7 +383,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
             return Detour(HYBRID, why)
     weights = (w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw)
     out = x if settings.get("_inplace") else None
-    return weights, norm, activation, settings["skip"], tracked, momentum, update, out
+    return weights, norm, activation, settings["skip"], tracked, momentum, update, group, out
 
 
 def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
@@ -464,6 +483,9 @@ def explain(module: Module, x: Tensor) -> Plan:
         raise TypeError(f"explain takes a coordatt_fast.CoordAtt or an accelerated module, got a {name}")
     if type(found) is tuple:
         tier, reason = FUSED, "every child is what the fused kernels compute"
+        if found[-2] is not None:
+            processes = torch.distributed.get_world_size(found[-2])
+            reason = f"{reason}; batch statistics of {processes} processes"
     else:
         tier, reason = found
     if tier != ORIGINAL:

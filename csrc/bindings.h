@@ -292,6 +292,52 @@ inline bool is_same(const Tensor& t, const Tensor& x) {
   return same;
 }
 
+// The gradients that bit i of needs asks for, as fresh tensors (empty ones for the others); args.out points into them.
+struct MadeGradients {
+  Tensor dx, conv1_weight, conv1_bias, bn_weight, bn_bias, conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias;
+
+  MadeGradients(BackwardArgs& args, const Tensor& x, Tensor (*empty_map)(const Tensor&, bool), int64_t needs, const Tensor& w1,
+                const MaybeTensor& bn, const Tensor& wh, const Tensor& ww)
+      : dx(needs & 1 ? empty_map(x, args.nhwc) : empty1(x, 0, x.scalar_type())),
+        conv1_weight(weight(needs >> 1 & 1, args.shape.m, args.shape.c, w1, args.out.conv1_weight)),
+        conv1_bias(vector(needs >> 2 & 1, args.shape.m, w1, args.out.conv1_bias)),
+        bn_weight(vector(needs >> 3 & 1, args.shape.m, bn ? *bn : w1, args.out.bn_weight)),
+        bn_bias(vector(needs >> 4 & 1, args.shape.m, bn ? *bn : w1, args.out.bn_bias)),
+        conv_h_weight(weight(needs >> 5 & 1, args.shape.c, args.shape.m, wh, args.out.conv_h_weight)),
+        conv_h_bias(vector(needs >> 6 & 1, args.shape.c, wh, args.out.conv_h_bias)),
+        conv_w_weight(weight(needs >> 7 & 1, args.shape.c, args.shape.m, ww, args.out.conv_w_weight)),
+        conv_w_bias(vector(needs >> 8 & 1, args.shape.c, ww, args.out.conv_w_bias)) {
+    if (needs & 1) args.out.dx = map_of(dx, args.nhwc);
+  }
+
+  static Tensor vector(bool wanted, int64_t size, const Tensor& like, Param& to) {
+    Tensor t = empty1(like, wanted ? size : 0, like.scalar_type());
+    if (wanted) to = {t.mutable_data_ptr(), dtype_of(like, "parameter")};
+    return t;
+  }
+  static Tensor weight(bool wanted, int64_t rows, int64_t columns, const Tensor& like, Param& to) {
+    if (!wanted) return empty1(like, 0, like.scalar_type());
+    Tensor t = empty_strided(like, {rows, columns, 1, 1}, {columns, 1, 1, 1}, like.scalar_type());
+    to = {t.mutable_data_ptr(), dtype_of(like, "parameter")};
+    return t;
+  }
+  void zero() {
+    for (Tensor* t : {&dx, &conv1_weight, &conv1_bias, &bn_weight, &bn_bias, &conv_h_weight, &conv_h_bias, &conv_w_weight,
+                      &conv_w_bias})
+      torch::stable::zero_(*t);
+  }
+  GradientTensors all() const {
+    return {dx, conv1_weight, conv1_bias, bn_weight, bn_bias, conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias};
+  }
+};
+
+// What a forward pass saved, as the backward pass takes it.
+inline void* saved_data(const Tensor& t, const Tensor& x, int64_t count, const char* name) {
+  check_device(t, x, name);
+  CHECK(t.scalar_type() == acc_of(x) && t.is_contiguous() && t.numel() == count, name, " is not what the forward pass saved");
+  return data_of(t, name);
+}
+
 // The operators of the fused tier. Backend: is_native(map, nhwc): whether its kernels can walk it; empty_map(like, nhwc);
 // forward(args, running, x), backward(args, x), update(running, call, mean, var, rows, on).
 template <class Backend> struct Fused {
@@ -389,14 +435,9 @@ template <class Backend> struct Fused {
     CHECK(conv1_weight.dim() == 4, "conv1_weight must be [M, C, 1, 1]");
     Shape& s = args.shape;
     s.m = conv1_weight.size(0);
-    ScalarType acc = acc_of(x);
-    auto check_saved = [&](const Tensor& t, int64_t count, const char* name) {
-      check_device(t, x, name);
-      CHECK(t.scalar_type() == acc && t.is_contiguous() && t.numel() == count, name, " is not what the forward pass saved");
-      return data_of(t, name);
-    };
-    args.saved = {check_saved(pooled, s.rows() * s.c, "pooled"), check_saved(squeezed, s.rows() * s.m, "squeezed"),
-                  check_saved(gates, s.rows() * s.c, "gates"), check_saved(mean, s.m, "mean"), check_saved(var, s.m, "var")};
+    args.saved = {saved_data(pooled, x, s.rows() * s.c, "pooled"), saved_data(squeezed, x, s.rows() * s.m, "squeezed"),
+                  saved_data(gates, x, s.rows() * s.c, "gates"), saved_data(mean, x, s.m, "mean"),
+                  saved_data(var, x, s.m, "var")};
     Parameters params(x);
     Params& p = args.params;
     p.conv1_weight = params.matrix(conv1_weight, s.m, s.c, "conv1_weight");
@@ -409,32 +450,10 @@ template <class Backend> struct Fused {
     args.x = map_of(in, args.nhwc);
     args.grad = map_of(g, args.nhwc);
 
-    auto wanted = [&](int i) { return (needs >> i & 1) != 0; };
-    Tensor dx = wanted(0) ? Backend::empty_map(x, args.nhwc) : empty1(x, 0, x.scalar_type());
-    if (wanted(0)) args.out.dx = map_of(dx, args.nhwc);
-    auto vector = [&](int i, int64_t size, const Tensor& like, Param& to) {
-      Tensor t = empty1(x, wanted(i) ? size : 0, like.scalar_type());
-      if (wanted(i)) to = {t.mutable_data_ptr(), dtype_of(like, "parameter")};
-      return t;
-    };
-    auto weight = [&](int i, int64_t rows, int64_t columns, const Tensor& like, Param& to) {
-      if (!wanted(i)) return empty1(x, 0, like.scalar_type());
-      Tensor t = empty_strided(x, {rows, columns, 1, 1}, {columns, 1, 1, 1}, like.scalar_type());
-      to = {t.mutable_data_ptr(), dtype_of(like, "parameter")};
-      return t;
-    };
-    const Tensor& bn = bn_weight ? *bn_weight : conv1_weight;
-    Gradients& out = args.out;
-    Tensor d1 = weight(1, s.m, s.c, conv1_weight, out.conv1_weight), d2 = vector(2, s.m, conv1_weight, out.conv1_bias);
-    Tensor d3 = vector(3, s.m, bn, out.bn_weight), d4 = vector(4, s.m, bn, out.bn_bias);
-    Tensor d5 = weight(5, s.c, s.m, conv_h_weight, out.conv_h_weight), d6 = vector(6, s.c, conv_h_weight, out.conv_h_bias);
-    Tensor d7 = weight(7, s.c, s.m, conv_w_weight, out.conv_w_weight), d8 = vector(8, s.c, conv_w_weight, out.conv_w_bias);
-    if (x.numel()) {
-      Backend::backward(args, x);
-    } else {
-      for (Tensor* t : {&dx, &d1, &d2, &d3, &d4, &d5, &d6, &d7, &d8}) torch::stable::zero_(*t);
-    }
-    return {dx, d1, d2, d3, d4, d5, d6, d7, d8};
+    MadeGradients made(args, x, &Backend::empty_map, needs, conv1_weight, bn_weight, conv_h_weight, conv_w_weight);
+    if (x.numel()) Backend::backward(args, x);
+    else made.zero();
+    return made.all();
   }
 
   static void update_running_stats(const MaybeTensor& running_mean, const MaybeTensor& running_var,

@@ -88,6 +88,13 @@ struct BackwardArgs : Call {
   Gradients out;
 };
 
+// What the middle's backward pass keeps, in the accumulate type.
+struct MixGradients {
+  void* dlogits = nullptr;  // [R, C]
+  void* du = nullptr;       // [R, M] before the activation; then dz, conv1's output
+  void* y = nullptr;        // [R, M] after the activation
+};
+
 // The pool pass alone and the gate pass alone, for modules whose middle runs elsewhere.
 struct PoolArgs : Call {
   Map x;             // forward in, or dx out

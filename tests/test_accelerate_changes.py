@@ -58,7 +58,7 @@ CHANGES = {
     "a known activation for an own one": ("released", lambda m: setattr(m, "relu", nn.SiLU()), "hybrid"),
     "another activation": ("the authors'", lambda m: setattr(m, "act", nn.Tanh()), "hybrid"),
     "another norm": ("released", lambda m: setattr(m, "bn1", nn.GroupNorm(2, 8).double()), "hybrid"),
-    "SyncBatchNorm": ("released", lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m), "hybrid"),
+    "SyncBatchNorm": ("released", lambda m: nn.SyncBatchNorm.convert_sync_batchnorm(m), "fused"),
     "low rank": ("released", lambda m: setattr(m, "conv1", Low(m.conv1)), "hybrid"),
     "low rank gate": ("released", lambda m: setattr(m, "conv3", Low(m.conv3)), "hybrid"),
     "hook on a part": ("released", lambda m: m.bn1.register_forward_hook(lambda m, i, o: 2 * o), "hybrid"),

@@ -204,7 +204,6 @@ def subclassed(cls):
 REPLACED = {
     "GroupNorm": swap("bn1", lambda old: nn.GroupNorm(4, 8)),
     "InstanceNorm2d": swap("bn1", lambda old: nn.InstanceNorm2d(8, affine=True)),
-    "SyncBatchNorm": lambda m: setattr(m, "bn1", nn.SyncBatchNorm.convert_sync_batchnorm(m.bn1)),
     "subclass of BatchNorm2d": swap("bn1", subclassed(NormSubclass)),
     "two norms": swap("bn1", lambda old: nn.Sequential(old, nn.GroupNorm(2, 8))),
     "GELU": swap("act", lambda old: nn.GELU()),
@@ -278,8 +277,9 @@ def test_act_with_inplace_flag():
     compare_changed(lambda m: setattr(m, "act", nn.ReLU(inplace=True)), tier=None)
 
 
-def test_half_trained_sync_norm_in_eval(hybrid):
-    compare_changed(REPLACED["SyncBatchNorm"], norm="running", tier=hybrid)
+@pytest.mark.parametrize("norm", ["batch", "running"])
+def test_sync_norm_outside_of_a_group(norm, cpu):
+    compare_changed(nn.SyncBatchNorm.convert_sync_batchnorm, norm=norm, tier="fused")
 
 
 @pytest.mark.parametrize("change", ["GroupNorm", "GELU", "LoRA conv_h"])

@@ -348,7 +348,7 @@ GOOD = {
     "fixed kernels": (FixedKernels, "fused", "for maps of 9 x 6"),
     "GroupNorm": (WithGroupNorm, "hybrid", "silu, GroupNorm"),
     "InstanceNorm": (lambda: WithGroupNorm(norm=nn.InstanceNorm2d), "hybrid", "InstanceNorm2d"),
-    "SyncBatchNorm": (lambda: WithGroupNorm(norm=nn.SyncBatchNorm), "hybrid", "SyncBatchNorm"),
+    "SyncBatchNorm": (lambda: WithGroupNorm(norm=nn.SyncBatchNorm), "fused", "SyncBatchNorm"),
     "nested block": (NestedBlock, "fused", "conv1 is cv1.conv, bn1 is cv1.bn"),
     "dropout of nothing": (lambda: WithDropout(p=0.0), "fused", ""),
     "other names, activation in forward": (CoorAttention, "fused", "conv1 is convx"),

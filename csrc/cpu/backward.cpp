@@ -60,13 +60,15 @@ struct MixBackward {
   int64_t bytes, c, m, rows;
   void *ds, *dz, *y;  // [R, C], [R, M], [R, M]
 
-  MixBackward(const BackwardArgs& args, const Kernels& kernels, const Middle& mid, void* ds_, void* dz_, void* y_)
+  MixBackward(const BackwardArgs& args, const Kernels& kernels, const Middle& mid, const MixGradients& to)
       : b(args), k(kernels), mix(mix_of(kernels, args.dtype)), middle(mid), bytes(acc_bytes(args.dtype)),
-        c(args.shape.c), m(args.shape.m), rows(args.shape.rows()), ds(ds_), dz(dz_), y(y_) {}
+        c(args.shape.c), m(args.shape.m), rows(args.shape.rows()), ds(to.dlogits), dz(to.du), y(to.y) {}
 
-  // ds -> du (in dz's place) and y; sums: per block [2, M], sum of du and of du * (z - mean).
+  // ds -> du (in dz's place) and y; sums: [2, M], of du and of du * (z - mean).
   void activation(const Threads& threads, double* sums) {
     RowBlocks blocks(b.shape);
+    Scratch of_blocks(blocks.count() * 2 * m * 8);
+    double* parts = (double*)of_blocks.bytes(0);
     run(threads, blocks.count(), [&](int64_t begin, int64_t end) {
       Scratch scratch(act_scratch_bytes(m));
       for (int64_t i = begin; i < end; ++i) {
@@ -82,7 +84,7 @@ struct MixBackward {
         a.scale = middle.scale; a.shift = middle.shift; a.mean = middle.mean;
         a.y = at(y, r.first * m, bytes);
         a.dy = d.out;
-        a.sum_du = sums + i * 2 * m;
+        a.sum_du = parts + i * 2 * m;
         a.sum_du_dev = a.sum_du + m;
         for (int64_t j = 0; j < 2 * m; ++j) a.sum_du[j] = 0;
         a.rows = r.count; a.m = m;
@@ -91,6 +93,10 @@ struct MixBackward {
         mix.act_backward(a);
       }
     });
+    for (int64_t i = 0; i < 2 * m; ++i) {
+      sums[i] = 0;
+      for (int64_t j = 0; j < blocks.count(); ++j) sums[i] += parts[j * 2 * m + i];
+    }
   }
 
   template <class A>
@@ -99,22 +105,21 @@ struct MixBackward {
     if (to) k.map[(int)to.dtype].from_acc(&v, (char*)to.data + i * dtype_bytes(to.dtype), 1);
   }
 
-  // du -> dz in place, and the gradients of bn's parameters and conv1's bias.
+  // du -> dz in place, and the gradients of bn's parameters and conv1's bias. all_sums: over the rows that the batch
+  // statistics were taken over, all_rows of them.
   template <class A>
-  void normalisation(const Threads& threads, const double* sums, A* offset, A* slope) {
-    int64_t blocks = RowBlocks(b.shape).count();
+  void normalisation(const Threads& threads, const double* sums, const double* all_sums, int64_t all_rows) {
+    Scratch scratch(2 * Scratch::round(m * bytes));
+    A* offset = (A*)scratch.bytes(m * bytes);
+    A* slope = (A*)scratch.bytes(m * bytes);
     const A* scale = (const A*)middle.scale;
     const A* var = (const A*)b.saved.var;
     for (int64_t i = 0; i < m; ++i) {
-      double du = 0, dev = 0;
-      for (int64_t j = 0; j < blocks; ++j) {
-        du += sums[j * 2 * m + i];
-        dev += sums[j * 2 * m + m + i];
-      }
+      double du = sums[i], dev = sums[m + i];
       double inv = b.norm == Norm::none ? 1 : 1 / sqrt((double)var[i] + b.params.eps);
       bool batch = b.norm == Norm::batch;
-      offset[i] = (A)(scale[i] * du / (double)rows);
-      slope[i] = (A)(scale[i] * inv * inv * dev / (double)rows);
+      offset[i] = (A)(scale[i] * all_sums[i] / (double)all_rows);
+      slope[i] = (A)(scale[i] * inv * inv * all_sums[m + i] / (double)all_rows);
       put<A>(b.out.bn_weight, i, dev * inv);
       put<A>(b.out.bn_bias, i, du);
       // Under batch statistics the mean takes any shift out again: exactly zero.
@@ -248,41 +253,84 @@ void zero(const Param& p, int64_t count) {
   for (int64_t i = 0; p && i < count * dtype_bytes(p.dtype); ++i) ((char*)p.data)[i] = 0;
 }
 
+bool is_empty(const BackwardArgs& b) { return b.shape.n * b.shape.c * b.shape.h * b.shape.w == 0; }
+
+void zero_all(const BackwardArgs& b) {
+  const Shape& s = b.shape;
+  const Gradients& g = b.out;
+  zero(g.conv1_weight, s.m * s.c); zero(g.conv1_bias, s.m);
+  zero(g.bn_weight, s.m); zero(g.bn_bias, s.m);
+  zero(g.conv_h_weight, s.m * s.c); zero(g.conv_h_bias, s.c);
+  zero(g.conv_w_weight, s.m * s.c); zero(g.conv_w_bias, s.c);
+}
+
+// Before and after the point where batch statistics need all rows.
+struct Halves {
+  const BackwardArgs& b;
+  MixBackward mix;
+  Threads threads, few;
+
+  Halves(const BackwardArgs& args, const Kernels& k, const Middle& middle, const MixGradients& to, const Threads& all)
+      : b(args), mix(args, k, middle, to), threads(worth(all, 2 * work_ns(args))),
+        few(worth(all, 0.1 * (double)(args.shape.rows() * args.shape.c * args.shape.m))) {}
+
+  void local(double* sums) {
+    reduce(b, mix.k, threads, b.grad, b.x, b.saved.gates, mix.ds);
+    mix.activation(few, sums);
+  }
+
+  void joined(const double* sums, const double* all_sums, int64_t all_rows) {
+    const Gradients& g = b.out;
+    if (b.dtype == DType::f64) mix.normalisation<double>(few, sums, all_sums, all_rows);
+    else mix.normalisation<float>(few, sums, all_sums, all_rows);
+    if (g.conv1_weight || g.conv_h_weight || g.conv_w_weight || g.conv_h_bias || g.conv_w_bias) mix.weights(few);
+    if (g.dx.data) mix.spread(threads);
+  }
+};
+
 }  // namespace
 
 void backward(const BackwardArgs& b, const Threads& all_threads) {
+  if (is_empty(b)) return zero_all(b);
   const Kernels& k = kernels();
   const Shape& s = b.shape;
-  const Gradients& g = b.out;
-  if (s.rows() == 0 || s.n * s.c * s.h * s.w == 0) {
-    zero(g.conv1_weight, s.m * s.c); zero(g.conv1_bias, s.m);
-    zero(g.bn_weight, s.m); zero(g.bn_bias, s.m);
-    zero(g.conv_h_weight, s.m * s.c); zero(g.conv_h_bias, s.c);
-    zero(g.conv_w_weight, s.m * s.c); zero(g.conv_w_bias, s.c);
-    return;
-  }
-  Threads threads = worth(all_threads, 2 * work_ns(b));
-  int64_t bytes = acc_bytes(b.dtype), blocks = RowBlocks(s).count();
+  int64_t bytes = acc_bytes(b.dtype), sums_bytes = Scratch::round(2 * s.m * 8);
   int64_t ds_bytes = Scratch::round(s.rows() * s.c * bytes), z_bytes = Scratch::round(s.rows() * s.m * bytes);
-  int64_t m_bytes = Scratch::round(s.m * bytes), sums_bytes = Scratch::round(blocks * 2 * s.m * 8);
-  Scratch scratch(Middle::scratch_bytes(b) + ds_bytes + 2 * z_bytes + sums_bytes + 2 * m_bytes);
+  Scratch scratch(Middle::scratch_bytes(b) + ds_bytes + 2 * z_bytes + sums_bytes);
   Middle middle(b, k, scratch, b.norm == Norm::none ? nullptr : b.saved.mean,
                 b.norm == Norm::none ? nullptr : b.saved.var, true);
-  void* ds = scratch.bytes(ds_bytes);
-  void* dz = scratch.bytes(z_bytes);
-  void* y = scratch.bytes(z_bytes);
+  MixGradients to;
+  to.dlogits = scratch.bytes(ds_bytes);
+  to.du = scratch.bytes(z_bytes);
+  to.y = scratch.bytes(z_bytes);
   double* sums = (double*)scratch.bytes(sums_bytes);
-  void* offset = scratch.bytes(m_bytes);
-  void* slope = scratch.bytes(m_bytes);
+  Halves halves(b, k, middle, to, all_threads);
+  halves.local(sums);
+  halves.joined(sums, sums, s.rows());
+}
 
-  reduce(b, k, threads, b.grad, b.x, b.saved.gates, ds);
-  MixBackward mix(b, k, middle, ds, dz, y);
-  Threads few = worth(all_threads, 0.1 * (double)(s.rows() * s.c * s.m));
-  mix.activation(few, sums);
-  if (b.dtype == DType::f64) mix.normalisation<double>(few, sums, (double*)offset, (double*)slope);
-  else mix.normalisation<float>(few, sums, (float*)offset, (float*)slope);
-  if (g.conv1_weight || g.conv_h_weight || g.conv_w_weight || g.conv_h_bias || g.conv_w_bias) mix.weights(few);
-  if (g.dx.data) mix.spread(threads);
+void backward_local(const BackwardArgs& b, const MixGradients& to, double* sums, const Threads& all_threads) {
+  for (int64_t i = 0; i < 2 * b.shape.m; ++i) sums[i] = 0;
+  if (is_empty(b)) return;
+  const Kernels& k = kernels();
+  Scratch scratch(Middle::scratch_bytes(b));
+  Middle middle(b, k, scratch, b.saved.mean, b.saved.var, true);
+  Halves(b, k, middle, to, all_threads).local(sums);
+}
+
+void backward_joined(const BackwardArgs& b, const MixGradients& to, const double* sums, const double* all_sums,
+                     int64_t processes, int64_t rows, const Threads& all_threads) {
+  if (is_empty(b)) return zero_all(b);
+  const Kernels& k = kernels();
+  const int64_t width = 2 * b.shape.m;
+  Scratch scratch(Middle::scratch_bytes(b) + Scratch::round(width * 8));
+  Middle middle(b, k, scratch, b.saved.mean, b.saved.var, false);
+  double* total = (double*)scratch.bytes(width * 8);
+  for (int64_t i = 0; i < width; ++i) {
+    total[i] = 0;
+    for (int64_t p = 0; p < processes; ++p) total[i] += all_sums[p * width + i];
+  }
+  Halves(b, k, middle, to, all_threads).joined(sums, total, rows);
 }
 
 void pool_backward(const PoolArgs& p, const Threads& all_threads) {

@@ -173,9 +173,163 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tenso
   return {dx, ds_h, ds_w};
 }
 
+// A training call under batch statistics of several processes, in halves: moments, then sums, go to all in between.
+
+// squeezed [R, M] and all that depends on M alone.
+Call joined_call(const Tensor& x, const Tensor& squeezed, int64_t activation, bool skip, double eps) {
+  Call call = call_of(x, (int64_t)Norm::batch, activation, skip);
+  CHECK(squeezed.dim() == 2, "squeezed must be [R, M]");
+  CHECK(eps > 0, "eps is ", eps, ", expected a positive number");
+  call.shape.m = squeezed.size(1);
+  call.params.eps = eps;
+  return call;
+}
+
+// What every process handed in: [processes, width] float64, in the order of their ranks.
+const double* joined_data(const Tensor& t, const Tensor& x, int64_t width, const char* name) {
+  check_device(t, x, name);
+  CHECK(t.scalar_type() == ScalarType::Double && t.is_contiguous() && t.dim() == 2 && t.size(0) >= 1 && t.size(1) == width, name,
+        " has shape ", shape_of(t), ", expected [processes, ", width, "] in float64");
+  return (const double*)data_of(t, name);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attend_train_local(const Tensor& x, const Tensor& conv1_weight, const MaybeTensor& conv1_bias) {
+  ForwardArgs args{};
+  (Call&)args = call_of(x, (int64_t)Norm::batch, 0, false);
+  Parameters params(x);
+  CHECK(conv1_weight.dim() == 4 && conv1_weight.size(0) >= 1, "conv1_weight must be [M, C, 1, 1], M of at least 1");
+  Shape& s = args.shape;
+  s.m = conv1_weight.size(0);
+  args.params.conv1_weight = params.matrix(conv1_weight, s.m, s.c, "conv1_weight");
+  args.params.conv1_bias = params.vector(conv1_bias, s.m, "conv1_bias");
+  Tensor in = native(x, args.nhwc), moments = empty1(x, 1 + 2 * s.m, ScalarType::Double);
+  Tensor pooled = empty2(x, s.rows(), s.c, acc_of(x)), squeezed = empty2(x, s.rows(), s.m, acc_of(x));
+  args.x = map_of(in, args.nhwc);
+  args.saved.pooled = pooled.mutable_data_ptr();
+  args.saved.squeezed = squeezed.mutable_data_ptr();
+  forward_local(args, (double*)moments.mutable_data_ptr(), threads());
+  return {pooled, squeezed, moments};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_train_joined(
+    const Tensor& x, const Tensor& squeezed, const Tensor& moments, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
+    double eps, const Tensor& conv_h_weight, const MaybeTensor& conv_h_bias, const Tensor& conv_w_weight,
+    const MaybeTensor& conv_w_bias, int64_t activation, bool skip, const MaybeTensor& running_mean, const MaybeTensor& running_var,
+    const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
+  ForwardArgs args{};
+  (Call&)args = joined_call(x, squeezed, activation, skip, eps);
+  const Shape& s = args.shape;
+  Parameters params(x);
+  args.params.bn_weight = params.numbers(bn_weight, s.m, "bn_weight");
+  args.params.bn_bias = params.numbers(bn_bias, s.m, "bn_bias");
+  args.params.conv_h_weight = params.matrix(conv_h_weight, s.c, s.m, "conv_h_weight");
+  args.params.conv_h_bias = params.vector(conv_h_bias, s.c, "conv_h_bias");
+  args.params.conv_w_weight = params.matrix(conv_w_weight, s.c, s.m, "conv_w_weight");
+  args.params.conv_w_bias = params.vector(conv_w_bias, s.c, "conv_w_bias");
+  ScalarType acc = acc_of(x);
+  Tensor in = native(x, args.nhwc), out = empty_map(x, makes_nhwc(x, skip));
+  Tensor gates = empty2(x, s.rows(), s.c, acc), mean = empty1(x, s.m, acc), var = empty1(x, s.m, acc);
+  RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, args.dtype);
+  args.x = map_of(in, args.nhwc);
+  args.out = map_of(out, args.nhwc);
+  args.saved.squeezed = saved_data(squeezed, x, s.rows() * s.m, "squeezed");
+  args.saved.gates = gates.mutable_data_ptr();
+  args.saved.mean = mean.mutable_data_ptr();
+  args.saved.var = var.mutable_data_ptr();
+  int64_t rows = forward_joined(args, joined_data(moments, x, 1 + 2 * s.m, "moments"), moments.size(0), threads());
+  if (acc == ScalarType::Double) move<double>(running, args.saved.mean, args.saved.var, s.m, rows);
+  else move<float>(running, args.saved.mean, args.saved.var, s.m, rows);
+  return {out, gates, mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_local(
+    const Tensor& grad, const Tensor& x, const Tensor& squeezed, const Tensor& gates, const Tensor& mean, const Tensor& var,
+    const MaybeTensor& bn_weight, const MaybeTensor& bn_bias, double eps, const Tensor& conv_h_weight, const Tensor& conv_w_weight,
+    int64_t activation, bool skip) {
+  BackwardArgs args{};
+  (Call&)args = joined_call(x, squeezed, activation, skip, eps);
+  const Shape& s = args.shape;
+  check_like(grad, x, "grad");
+  Parameters params(x);
+  args.params.bn_weight = params.vector(bn_weight, s.m, "bn_weight");
+  args.params.bn_bias = params.numbers(bn_bias, s.m, "bn_bias");
+  args.params.conv_h_weight = params.matrix(conv_h_weight, s.c, s.m, "conv_h_weight");
+  args.params.conv_w_weight = params.matrix(conv_w_weight, s.c, s.m, "conv_w_weight");
+  args.saved.squeezed = saved_data(squeezed, x, s.rows() * s.m, "squeezed");
+  args.saved.gates = saved_data(gates, x, s.rows() * s.c, "gates");
+  args.saved.mean = saved_data(mean, x, s.m, "mean");
+  args.saved.var = saved_data(var, x, s.m, "var");
+  Tensor in = native(x, args.nhwc), g = native(grad, args.nhwc);
+  args.x = map_of(in, args.nhwc);
+  args.grad = map_of(g, args.nhwc);
+  ScalarType acc = acc_of(x);
+  Tensor dlogits = empty2(x, s.rows(), s.c, acc), du = empty2(x, s.rows(), s.m, acc), y = empty2(x, s.rows(), s.m, acc);
+  Tensor sums = empty1(x, 2 * s.m, ScalarType::Double);
+  backward_local(args, {dlogits.mutable_data_ptr(), du.mutable_data_ptr(), y.mutable_data_ptr()}, (double*)sums.mutable_data_ptr(),
+                 threads());
+  return {dlogits, du, y, sums};
+}
+
+GradientTensors attend_backward_joined(const Tensor& grad, const Tensor& x, const Tensor& pooled, const Tensor& squeezed,
+                                       const Tensor& gates, const Tensor& mean, const Tensor& var, const Tensor& conv1_weight,
+                                       const MaybeTensor& bn_weight, double eps, const Tensor& conv_h_weight,
+                                       const Tensor& conv_w_weight, bool skip, const Tensor& moments, const Tensor& dlogits,
+                                       const Tensor& du, const Tensor& y, const Tensor& sums, const Tensor& all_sums,
+                                       int64_t needs) {
+  BackwardArgs args{};
+  (Call&)args = joined_call(x, squeezed, 0, skip, eps);
+  const Shape& s = args.shape;
+  check_like(grad, x, "grad");
+  Parameters params(x);
+  args.params.conv1_weight = params.matrix(conv1_weight, s.m, s.c, "conv1_weight");
+  args.params.bn_weight = params.vector(bn_weight, s.m, "bn_weight");
+  args.params.conv_h_weight = params.matrix(conv_h_weight, s.c, s.m, "conv_h_weight");
+  args.params.conv_w_weight = params.matrix(conv_w_weight, s.c, s.m, "conv_w_weight");
+  args.saved = {saved_data(pooled, x, s.rows() * s.c, "pooled"), saved_data(squeezed, x, s.rows() * s.m, "squeezed"),
+                saved_data(gates, x, s.rows() * s.c, "gates"), saved_data(mean, x, s.m, "mean"), saved_data(var, x, s.m, "var")};
+  MixGradients of = {saved_data(dlogits, x, s.rows() * s.c, "dlogits"), saved_data(du, x, s.rows() * s.m, "du"),
+                     saved_data(y, x, s.rows() * s.m, "y")};
+  check_device(sums, x, "sums");
+  CHECK(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.numel() == 2 * s.m, "sums must be [2 * M] in float64");
+  const double* all_moments = joined_data(moments, x, 1 + 2 * s.m, "moments");
+  const double* all = joined_data(all_sums, x, 2 * s.m, "all_sums");
+  double rows = 0;
+  for (int64_t p = 0; p < moments.size(0); ++p) rows += all_moments[p * (1 + 2 * s.m)];
+  Tensor in = native(x, args.nhwc), g = native(grad, args.nhwc);
+  args.x = map_of(in, args.nhwc);
+  args.grad = map_of(g, args.nhwc);
+  MadeGradients made(args, x, &Cpu::empty_map, needs, conv1_weight, bn_weight, conv_h_weight, conv_w_weight);
+  if (x.numel()) backward_joined(args, of, (const double*)data_of(sums, "sums"), all, all_sums.size(0), (int64_t)rows, threads());
+  else made.zero();
+  return made.all();
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CPU, m) { COORDATT_IMPLEMENT(m, Cpu); }
+STABLE_TORCH_LIBRARY_FRAGMENT(coordatt_fast, m) {
+  m.def("attend_train_local(Tensor x, Tensor conv1_weight, Tensor? conv1_bias) -> "
+        "(Tensor pooled, Tensor squeezed, Tensor moments)");
+  m.def("attend_train_joined(Tensor x, Tensor squeezed, Tensor moments, Tensor? bn_weight, Tensor? bn_bias, float eps, "
+        "Tensor conv_h_weight, Tensor? conv_h_bias, Tensor conv_w_weight, Tensor? conv_w_bias, int activation, bool skip, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum) -> "
+        "(Tensor out, Tensor gates, Tensor mean, Tensor var)");
+  m.def("attend_backward_local(Tensor grad, Tensor x, Tensor squeezed, Tensor gates, Tensor mean, Tensor var, "
+        "Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor conv_h_weight, Tensor conv_w_weight, int activation, "
+        "bool skip) -> (Tensor dlogits, Tensor du, Tensor y, Tensor sums)");
+  m.def("attend_backward_joined(Tensor grad, Tensor x, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var, "
+        "Tensor conv1_weight, Tensor? bn_weight, float eps, Tensor conv_h_weight, Tensor conv_w_weight, bool skip, "
+        "Tensor moments, Tensor dlogits, Tensor(a!) du, Tensor y, Tensor sums, Tensor all_sums, int needs) -> (Tensor dx, "
+        "Tensor dconv1_weight, Tensor dconv1_bias, Tensor dbn_weight, Tensor dbn_bias, Tensor dconv_h_weight, "
+        "Tensor dconv_h_bias, Tensor dconv_w_weight, Tensor dconv_w_bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CPU, m) {
+  COORDATT_IMPLEMENT(m, Cpu);
+  m.impl("attend_train_local", TORCH_BOX(&attend_train_local));
+  m.impl("attend_train_joined", TORCH_BOX(&attend_train_joined));
+  m.impl("attend_backward_local", TORCH_BOX(&attend_backward_local));
+  m.impl("attend_backward_joined", TORCH_BOX(&attend_backward_joined));
+}
 
 }  // namespace bindings
 }  // namespace coordatt

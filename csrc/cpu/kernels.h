@@ -65,12 +65,13 @@ struct ActArgs {
   void* scratch;                         // act_scratch_bytes(m)
 };
 
-// Batch statistics of z [rows, M]: mean and biased variance, summed in double.
+// Batch statistics of z [rows, M]: mean and biased variance, summed in double; as sums, where moments is not null.
 // Backward through the normalisation: du -> dz = scale * du - offset - (z - mean) * slope, in place; offset and slope null:
 // scale * du, also where z is not finite.
 struct NormArgs {
   const void* z;
   void* mean; void* var;  // stats: written; backward: mean read
+  double* moments;        // stats: [2, M] means and sums of squared deviations, written in place of mean and var
   void* du;               // backward
   const void* scale; const void* offset; const void* slope;  // backward: [M]
   int64_t rows, m;
@@ -140,6 +141,18 @@ const char* compiled_levels();
 // Forward and backward of a whole call (forward.cpp, backward.cpp), and the two passes alone.
 void forward(const ForwardArgs&, const Threads&);
 void backward(const BackwardArgs&, const Threads&);
+
+// The same under batch statistics of several processes' maps, in two halves each: between them every process gives what
+// the first half made (moments, sums) to all, in the order of their ranks.
+// moments: [1 + 2M] rows R, then per channel mean and sum of squared deviations. saved.pooled and saved.squeezed are written.
+void forward_local(const ForwardArgs&, double* moments, const Threads&);
+// moments: [processes, 1 + 2M]. saved.gates, saved.mean, saved.var and out are written. Returns the rows of all.
+int64_t forward_joined(const ForwardArgs&, const double* moments, int64_t processes, const Threads&);
+// sums: [2M] of du and of du * (z - mean).
+void backward_local(const BackwardArgs&, const MixGradients&, double* sums, const Threads&);
+// sums: this process's; all_sums: [processes, 2M]; rows: of all. mix.du becomes dz.
+void backward_joined(const BackwardArgs&, const MixGradients&, const double* sums, const double* all_sums, int64_t processes,
+                     int64_t rows, const Threads&);
 void pool(const PoolArgs&, const Threads&);
 void pool_backward(const PoolArgs&, const Threads&);
 void gate(const GateArgs&, const Threads&);

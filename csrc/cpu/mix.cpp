@@ -245,6 +245,13 @@ void stats(const NormArgs& a) {
         double d = (double)z[r * a.m + m0 + m] - sum[m];
         square[m] += d * d;
       }
+    if (a.moments) {
+      for (int64_t m = 0; m < count; ++m) {
+        a.moments[m0 + m] = sum[m];
+        a.moments[a.m + m0 + m] = square[m];
+      }
+      continue;
+    }
     for (int64_t m = 0; m < count; ++m) {
       mean[m0 + m] = (A)sum[m];
       var[m0 + m] = (A)(square[m] / (double)a.rows);
