@@ -211,6 +211,7 @@ def _one(pair, given, around):
     if given["grad"] != "none" and given["mode"] == "grad":
         grad = map_of(given["grad"], shape, generator, given["dtype"])
     results = [_elsewhere(module, x, grad, given, around) for module in pair.modules]
+    _forget_order(results, x)
     wrong = _difference(*results, given, grad)
     if wrong and given["dtype"] is torch.float16 and any(p.abs().max() > 100 for p in pair.modules[1].parameters()):
         return None  # the untouched module's own intermediate results overflow
@@ -224,6 +225,15 @@ def _one(pair, given, around):
         slack = {n: 50 * _most(moved[n].double() - t.double()) for n, t in results[1].items() if _number(t)}
         wrong = _difference(*results, given, grad, slack)
     return wrong
+
+
+def _forget_order(results, x):
+    """An infinite x gives NaN or infinity by the order of its three factors, where two tiny gates make zero."""
+    if any("raised" in r or r["output"].shape != x.shape for r in results):
+        return
+    free = x.isinf() & ~results[0]["output"].isfinite() & ~results[1]["output"].isfinite()
+    for r in results:
+        r["output"] = torch.where(free, torch.inf, r["output"])
 
 
 def _number(t):
