@@ -12,7 +12,7 @@ from torch import nn
 from coordatt_fast import ops, plan
 from coordatt_fast.module import CoordAtt, Scriptable
 from coordatt_fast.recognise import is_suspect, recognise
-from coordatt_fast.wiring import Wiring, walk
+from coordatt_fast.wiring import Wiring, as_constant, kept, walk
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,11 @@ class Accelerated(nn.Module):
         """Ends here: what a class of the user's does with its subclasses is not meant for these."""
 
     def forward(self, x):
-        wiring = self.__dict__.get(_ATTRIBUTE)
-        if wiring is None:
+        kept = self.__dict__.get(_ATTRIBUTE)
+        if kept is None:
             return super().forward(x)
-        found = wiring.arguments(self, x)
+        wiring = as_constant(id(kept)) if plan.is_compiling() else kept.wiring
+        found = wiring.arguments(self, x, kept.wiring.codes)
         if type(found) is tuple:
             try:
                 return ops.attention(x, *found)
@@ -48,7 +49,7 @@ class Accelerated(nn.Module):
         return _blank, (self._coordatt_fast_class,), self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        wiring = self.__dict__[_ATTRIBUTE]
+        wiring = self.__dict__[_ATTRIBUTE].wiring
         return Scriptable(wiring.children(self), wiring.skip, self.training)
 
 
@@ -176,7 +177,7 @@ def accelerate(model: nn.Module) -> Report:
 def _take_over(module: nn.Module, wiring: Wiring) -> None:
     cls = _subclass(type(module))
     object.__setattr__(module, "__class__", cls)
-    module.__dict__[_ATTRIBUTE] = wiring
+    module.__dict__[_ATTRIBUTE] = kept(wiring)
 
 
 def restore(model: nn.Module) -> list[str]:

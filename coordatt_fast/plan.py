@@ -42,7 +42,7 @@ _HALF = (torch.bfloat16, torch.float16)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
-_is_compiling = torch.compiler.is_compiling
+is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch.is_autocast_enabled
 _in_functorch = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
@@ -100,7 +100,7 @@ def obstacle(x) -> str | None:
     elif forward_ad._current_level >= 0:
         why = "forward-mode AD"
     # torch.compiler.is_exporting() is true in every compiled call of torch 2.11.
-    elif torch.compiler._is_exporting_flag if _is_compiling() else _tracing_state() is not None:
+    elif torch.compiler._is_exporting_flag if is_compiling() else _tracing_state() is not None:
         why = "the call is exported or traced"
     else:
         shape = x.shape
@@ -232,7 +232,7 @@ def check_plain(children: dict, x: Tensor) -> None:
 
 def is_eager(x) -> bool:
     """Whether x is an ordinary tensor in an ordinary call, so that its sizes may be looked at."""
-    return type(x) in _PLAIN and not _is_compiling() and _tracing_state() is None
+    return type(x) in _PLAIN and not is_compiling() and _tracing_state() is None
 
 
 def autocast(x: Tensor) -> bool:
@@ -250,6 +250,10 @@ def laid_out(child: Module, y: Tensor, fast: bool) -> Tensor:
     if not fast or type(y) not in _PLAIN or y.dim() != 4:
         return y
     dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y) or observed(child))
+    # Its gradient comes back contiguous too: to a channels_last one InstanceNorm2d gives a wrong bias gradient.
+    # And one channel is contiguous whatever its stride, while some strides read as channels_last.
+    if y.is_contiguous() and (y.requires_grad if dense else y.shape[1] == 1):
+        y = y.flatten().view(y.shape)
     return y.contiguous(memory_format=torch.channels_last if dense else torch.contiguous_format)
 
 
@@ -306,7 +310,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
     try:
         pool_h, pool_w, conv1 = children["pool_h"], children["pool_w"], children["conv1"]
         bn1, act, conv_h, conv_w = children["bn1"], children["act"], children["conv_h"], children["conv_w"]
-        compiling = _is_compiling()
+        compiling = is_compiling()
         for child in (pool_h, pool_w, conv1, bn1, act, conv_h, conv_w):
             d = child.__dict__
             if (
@@ -466,11 +470,12 @@ def explain(module: Module, x: Tensor) -> Plan:
     before computing, and for an x that its first convolution does not take. Hooks are not run, and what an
     accelerated module's own forward raises (tier "original") is not foreseen.
     """
-    accelerated = getattr(module, "__dict__", {}).get("_coordatt_fast")
+    kept = getattr(module, "__dict__", {}).get("_coordatt_fast")
+    accelerated = None if kept is None else kept.wiring
     foreign = _foreign_forward(module) if isinstance(module, Module) else None
     if accelerated is not None:
         skip, pools = accelerated.skip, False
-        found = Detour(ORIGINAL, foreign) if foreign else accelerated.arguments(module, x)
+        found = Detour(ORIGINAL, foreign) if foreign else accelerated.arguments(module, x, accelerated.codes)
     elif (
         isinstance(module, Module)
         and set(CHILDREN) <= module._modules.keys()

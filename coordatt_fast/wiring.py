@@ -1,5 +1,6 @@
 """Which of a foreign module's children play which part, and how it runs by them."""
 
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,9 @@ class Watch(NamedTuple):
             if type(module) is not kind:
                 return f"{'.'.join(path)} is a {type(module).__name__} now"
             if (
-                d["_forward_hooks"]
+                plan.observed(module)
+                if plan.is_compiling()
+                else d["_forward_hooks"]
                 or d["_forward_pre_hooks"]
                 or d["_backward_hooks"]
                 or d["_backward_pre_hooks"]
@@ -109,7 +112,7 @@ class Wiring(NamedTuple):
             "conv_w": find(module, self.conv_w),
         }
 
-    def arguments(self, module: nn.Module, x) -> tuple | Detour:
+    def arguments(self, module: nn.Module, x, codes: tuple[Code, ...]) -> tuple | Detour:
         """As plan.arguments; also tells when the module has to run its own forward."""
         if isinstance(x, Tensor):
             if x.dim() != 4:
@@ -118,7 +121,7 @@ class Wiring(NamedTuple):
             return Detour(plan.ORIGINAL, f"x is a {type(x).__name__}")
         if len(module._coordatt_fast_own.__dict__) != module._coordatt_fast_size:
             return Detour(plan.ORIGINAL, "its class has other attributes now")
-        for code in self.codes:
+        for code in codes:
             if why := code.changed():
                 return Detour(plan.ORIGINAL, why)
         for watch in self.strict:
@@ -193,6 +196,40 @@ class Wiring(NamedTuple):
         if self.activation is not None:
             return reference.ACTIVATIONS[self.activation](y)
         return y if self.act is None else find(module, self.act)(y)
+
+
+class Kept:
+    """What accelerate leaves on a module: its wiring, the same object on all modules that are wired alike.
+
+    Compiled code is guarded by which object it is, and takes what it says for constants; modules that are
+    compiled one by one share their code.
+    """
+
+    def __init__(self, wiring: Wiring) -> None:
+        self.wiring = wiring
+        _KEPT[id(self)] = self
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return kept, (self.wiring,)
+
+
+_KEPT = weakref.WeakValueDictionary()
+
+
+def kept(wiring: Wiring) -> Kept:
+    return next((known for known in list(_KEPT.values()) if known.wiring == wiring), None) or Kept(wiring)
+
+
+def as_constant(which: int) -> Wiring:
+    """For compiled code; without its codes, which change by themselves."""
+    return _KEPT[which].wiring._replace(codes=())
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+as_constant._dynamo_marked_constant = True
 
 
 def find(module: nn.Module, path: Path) -> nn.Module:

@@ -163,6 +163,24 @@ def test_constant_squeeze(change, bias, mid, count, layout):
     assert max(tolerances.errors(ours["out"], theirs["out"])) <= 4 * torch.finfo(torch.float64).eps
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 6, 3, 2), (2, 6, 1, 5)])
+@pytest.mark.parametrize("mid", [1, 3])
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_parameter_trains(change, mid, shape, layout):
+    """And x does not: PyTorch's normalisations then read other strides than they have, or end the process."""
+    case = Case(shape, mid, torch.float64, layout=layout, norm="batch" if mid > 1 or shape[0] > 1 else "running")
+    d = data(case)
+    theirs = changed(PaperCoordAtt, change, case, d)
+    expected = run(theirs, d.x, d.grad)
+    for name, _ in theirs.named_parameters():
+        ours = changed(CoordAtt, change, case, d).requires_grad_(False)
+        ours.get_parameter(name).requires_grad_(True)
+        ours(d.x).backward(d.grad)
+        scale = max(1.0, expected["d " + name].abs().max())
+        assert (ours.get_parameter(name).grad - expected["d " + name]).abs().max() <= 1e-10 * scale, name
+
+
 def test_children_see_the_same_values(cpu):
     """A hook on each child, in both tiers: same shapes, values to rounding."""
     case = Case((2, 12, 9, 7), 9)

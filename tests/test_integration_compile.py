@@ -4,6 +4,7 @@ table.
 
 import contextlib
 import copy
+import pickle
 import types
 
 import pytest
@@ -22,7 +23,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vjp, vmap
 
-from coordatt_fast import CoordAtt, coord_att, use_backend
+from coordatt_fast import CoordAtt, accelerate, coord_att, use_backend
 
 CASE = Case((2, 24, 9, 7), 8)
 ODD = (3, 24, 5, 11)
@@ -432,8 +433,28 @@ def test_guards_of_a_block(cpu):
     """What each block of a network adds to the checks before a compiled call: no more than plain PyTorch's."""
     x = torch.randn(2, 16, 5, 7)
     counts = []
-    for make in (CoordAtt, PaperCoordAtt):
+    for make in (CoordAtt, PaperCoordAtt, lambda *channels: accelerated(PaperCoordAtt(*channels))):
         with torch.no_grad():
             one, three = (guards(Chain(make, count).eval(), x) for count in (1, 3))
         counts.append((three - one) / 2)
     assert counts[0] <= counts[1], counts
+    assert counts[2] <= 1.2 * counts[1], counts
+
+
+def accelerated(module):
+    accelerate(module)
+    return module
+
+
+def test_accelerated_blocks_share_compiled_code(cpu):
+    """Regional compilation: blocks, their copies and their pickles, each compiled alone."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    blocks = [accelerated(PaperCoordAtt(16, 16)).eval() for _ in range(3)]
+    blocks += [copy.deepcopy(blocks[0]), pickle.loads(pickle.dumps(blocks[1])), copy.copy(blocks[2])]
+    x = torch.randn(2, 16, 5, 7)
+    counters.clear()
+    with torch.no_grad():
+        for block in blocks:
+            assert torch.equal(torch.compile(block, backend="eager", fullgraph=True)(x), block(x))
+    assert counters["stats"]["unique_graphs"] == 1, counters
