@@ -250,7 +250,7 @@ def laid_out(child: Module, y: Tensor, fast: bool) -> Tensor:
     if not fast or type(y) not in _PLAIN or y.dim() != 4:
         return y
     dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y) or observed(child))
-    # Its gradient comes back contiguous too: to a channels_last one InstanceNorm2d gives a wrong bias gradient.
+    # Its gradient comes back contiguous: to a channels_last one InstanceNorm2d gives a wrong bias gradient.
     # And one channel is contiguous whatever its stride, while some strides read as channels_last.
     if y.is_contiguous() and (y.requires_grad if dense else y.shape[1] == 1):
         y = y.flatten().view(y.shape)

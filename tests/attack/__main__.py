@@ -46,20 +46,23 @@ def watched(team: tuple, seed: int, chosen) -> bool:
     failed."""
     until, failed = time.monotonic() + 60 * chosen.minutes, False
     last = seed + chosen.rounds if chosen.rounds else None
-    with tempfile.NamedTemporaryFile("r") as at:
+    with tempfile.TemporaryDirectory() as folder:
+        at, counts = Path(folder, "at"), Path(folder, "at.counts")
         while (left := (until - time.monotonic()) / 60) > 0 and (last is None or seed < last):
             command = [sys.executable, "-X", "faulthandler", "-m", "tests.attack"]
             command += [f"--minutes={left}", f"--seed={seed}", *(f"--part={part}" for part in team)]
             command += [f"--rounds={last - seed}"] if last else []
-            worker = subprocess.Popen(command, env=os.environ | {"ATTACK_AT": at.name})
+            worker = subprocess.Popen(command, env=os.environ | {"ATTACK_AT": str(at)})
             status = worker.wait()
             failed |= status != 0
             if status >= 0:
                 break
-            at.seek(0)
-            part, seed, case = (at.read().split(" ", 2) + ["", "", ""])[:3]
+            part, seed, case = ((at.read_text() if at.exists() else "").split(" ", 2) + ["", "", ""])[:3]
             print(f"--- {part}, seed {seed}: ended by signal {-status}: python -m tests.attack --part {part} "
                   f"--rounds 1 --seed {seed}\n{case}", flush=True)  # fmt: skip
+            if counts.exists():
+                print(f"until then:\n{counts.read_text()}", flush=True)
+                counts.unlink()
             seed = int(seed or last or 0) + 1
     return failed
 

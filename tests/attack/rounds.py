@@ -58,6 +58,17 @@ def note(part, number, case="") -> None:
         Path(at).write_text(f"{part} {number} {case!r}")
 
 
+def _note_counts(counts: dict) -> None:
+    """What it has done until now, likewise."""
+    if at := os.environ.get("ATTACK_AT"):
+        Path(at + ".counts").write_text("\n".join(map(_in_words, counts, counts.values())))
+
+
+def _in_words(part: str, counts: collections.Counter) -> str:
+    numbers = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    return f"{part}: {numbers or '0 cases'}"
+
+
 def _check_call(case):
     (passes if isinstance(case, passes.Pass) else calls).check(case)
 
@@ -107,12 +118,12 @@ def run(parts: list, first: int, minutes: float, rounds: int | None) -> int:
                 print(f"--- {part}, seed {number}: {_reproduce(part, number)}", flush=True)
                 traceback.print_exception(error, limit=-4, file=sys.stdout)
             spent[part] += time.monotonic() - start
+            _note_counts(counts)
         number += 1
     environment.cradle.close()
     for part in parts:
-        numbers = ", ".join(f"{count} {what}" for what, count in sorted(counts[part].items()))
         failed = [number for name, number in failures if name == part]
-        print(f"{part}: {numbers or '0 cases'}; {len(failed)} failures; {spent[part]:.0f} s", flush=True)
+        print(f"{_in_words(part, counts[part])}; {len(failed)} failures; {spent[part]:.0f} s", flush=True)
     for part, number in failures:
         print(f"{part}, seed {number}: {_reproduce(part, number)}", flush=True)
     return int(bool(failures))
