@@ -1,5 +1,7 @@
 """Which tier and backend a call takes, and why."""
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -175,6 +177,15 @@ def pointwise(d: dict) -> bool:
     )
 
 
+def _computes(conv: Module) -> bool:
+    """Whether it runs nn.Conv2d's forward: it is one, or one whose weight or bias is parametrized."""
+    kind = type(conv)
+    if kind is Conv2d:
+        return True
+    computed = parametrize.is_parametrized(conv)
+    return computed and kind.__bases__ == (Conv2d,) and kind.forward is Conv2d.forward
+
+
 def _process_group(sync: dict):
     """The processes over which a SyncBatchNorm in training takes its statistics; None where it is as a
     BatchNorm2d.
@@ -278,12 +289,9 @@ def _why_called(child: Module, children: dict) -> str:
     return f"{name} has hooks"
 
 
-def _why_foreign(names: tuple, cls: type, children: dict) -> str:
+def _why_foreign(names: Iterable[str], cls: type, children: dict) -> str:
     """Which of these children is of another class than the kernels' own."""
     name, kind = next((name, type(children[name])) for name in names if type(children[name]) is not cls)
-    if parametrize.is_parametrized(children[name]):
-        tensors = " and ".join(children[name].parametrizations)
-        return f"{name}.{tensors} is parametrized: computed at each use"
     return f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain nn.{cls.__name__}"
 
 
@@ -328,19 +336,25 @@ def arguments(settings: dict, x) -> tuple | Detour:
         if pool_h.__dict__["output_size"] != (None, 1) or pool_w.__dict__["output_size"] != (1, None):
             return Detour(HYBRID, "pool_h or pool_w pools to another size")
 
-        if type(conv1) is not Conv2d or type(conv_h) is not Conv2d or type(conv_w) is not Conv2d:
-            return Detour(HYBRID, _why_foreign(("conv1", "conv_h", "conv_w"), Conv2d, children))
+        convolutions = conv1, conv_h, conv_w
+        stored = type(conv1) is Conv2d and type(conv_h) is Conv2d and type(conv_w) is Conv2d
+        if not stored:
+            if foreign := [n for n in ("conv1", "conv_h", "conv_w") if not _computes(children[n])]:
+                return Detour(HYBRID, _why_foreign(foreign, Conv2d, children))
+            if x.dtype in _HALF or autocast(x):
+                return Detour(HYBRID, "a weight is parametrized, in half precision")
         conv1, conv_h, conv_w = conv1.__dict__, conv_h.__dict__, conv_w.__dict__
         if not (pointwise(conv1) and pointwise(conv_h) and pointwise(conv_w)):
             return Detour(HYBRID, "conv1, conv_h or conv_w is not a 1x1 convolution")
         if not conv1["in_channels"] == conv_h["out_channels"] == conv_w["out_channels"]:
             return Detour(HYBRID, "input and output have different numbers of channels")
-        parameters = conv1["_parameters"]
-        w1, b1 = parameters["weight"], parameters["bias"]
-        parameters = conv_h["_parameters"]
-        wh, bh = parameters["weight"], parameters["bias"]
-        parameters = conv_w["_parameters"]
-        ww, bw = parameters["weight"], parameters["bias"]
+        if stored:
+            parameters = conv1["_parameters"]
+            w1, b1 = parameters["weight"], parameters["bias"]
+            parameters = conv_h["_parameters"]
+            wh, bh = parameters["weight"], parameters["bias"]
+            parameters = conv_w["_parameters"]
+            ww, bw = parameters["weight"], parameters["bias"]
 
         group = None
         if type(bn1) in BATCH_NORMS:
@@ -368,6 +382,8 @@ def arguments(settings: dict, x) -> tuple | Detour:
             return Detour(HYBRID, f"no kernel for the activation {type(act).__name__}")
     except KeyError as missing:
         return Detour(HYBRID, _why_missing(missing, children))
+    if not stored:  # last, once a call and in the children's order: some count, or draw random numbers
+        (w1, b1), (wh, bh), (ww, bw) = [(conv.weight, conv.bias) for conv in convolutions]
     if not (
         type(w1) in _PLAIN
         and type(wh) in _PLAIN
@@ -470,6 +486,14 @@ def explain(module: Module, x: Tensor) -> Plan:
     before computing, and for an x that its first convolution does not take. Hooks are not run, and what an
     accelerated module's own forward raises (tier "original") is not foreseen.
     """
+    if isinstance(module, Module) and any(map(parametrize.is_parametrized, module.modules())):
+        # Looking at a parametrized weight computes it, which may draw random numbers and change buffers.
+        with torch.random.fork_rng(devices=()):
+            return _explain(copy.deepcopy(module), x)
+    return _explain(module, x)
+
+
+def _explain(module: Module, x: Tensor) -> Plan:
     kept = getattr(module, "__dict__", {}).get("_coordatt_fast")
     accelerated = None if kept is None else kept.wiring
     foreign = _foreign_forward(module) if isinstance(module, Module) else None

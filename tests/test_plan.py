@@ -15,7 +15,7 @@ import torch
 from harness import Case, build, data
 from test_forward import arguments
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 from torch.profiler import ProfilerActivity, profile
 
 from coordatt_fast import CoordAtt, backends, coord_att, explain, use_backend
@@ -310,7 +310,7 @@ def test_unusual_calls_say_why():
     [
         (lambda m: nn.utils.weight_norm(m.conv1), "conv1.weight is computed before each call, by a hook"),
         (lambda m: prune.l1_unstructured(m.conv_h, "bias", 0.5), "conv_h.bias is computed before each call"),
-        (lambda m: nn.utils.parametrizations.weight_norm(m.conv_w), "conv_w.weight is parametrized"),
+        (lambda m: parametrizations.spectral_norm(m.bn1), "bn1 is a ParametrizedBatchNorm2d"),
         (lambda m: setattr(m, "conv_w", nn.Conv1d(8, 12, 1)), "conv_w is a torch.nn.modules.conv.Conv1d"),
         (lambda m: m.bn1.register_forward_hook(print), "bn1 has hooks"),
         (lambda m: setattr(m.act, "forward", torch.relu), "act has a forward of its own"),
