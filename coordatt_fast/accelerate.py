@@ -204,7 +204,7 @@ def _describe(module: nn.Module, wiring: Wiring) -> tuple[str, str]:
     fused = (
         all(type(conv) is nn.Conv2d for conv in convolutions)
         and type(bn1) in (*plan.BATCH_NORMS, nn.Identity)
-        and type(act) in plan.CODES
+        and plan.activation_code(act) is not None
     )
     differs = []
     if wiring.activation != "hard_swish":

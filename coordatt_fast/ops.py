@@ -18,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from coordatt_fast import library, reference
 from coordatt_fast.backends import INTERPRETED, built_with_cuda, choice, serving
+from coordatt_fast.codes import NEEDS_X, NORM_BATCH, NORM_GIVEN
 
-NORM_NONE, NORM_GIVEN, NORM_BATCH = 0, 1, 2
 _NAMES = tuple(reference.ACTIVATIONS)
 
 _PARAMETERS = (
@@ -424,7 +424,7 @@ def _fake_attend_backward(
     m, c = w1.shape[0], x.shape[1]
     first, last = (m, c, 1, 1), (c, m, 1, 1)
     like = ((w1, first), (w1, m), (scale, m), (scale, m), (wh, last), (wh, c), (ww, last), (ww, c))
-    dx = _map_like(x) if needs & 1 else x.new_empty(0)
+    dx = _map_like(x) if needs & NEEDS_X else x.new_empty(0)
     return dx, *(t.new_empty(size if needs >> bit & 1 else 0) for bit, (t, size) in enumerate(like, start=1))
 
 

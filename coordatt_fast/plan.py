@@ -10,13 +10,9 @@ from torch.nn import (
     AdaptiveAvgPool2d,
     BatchNorm2d,
     Conv2d,
-    Hardswish,
     Identity,
     Module,
     Parameter,
-    ReLU,
-    ReLU6,
-    SiLU,
     SyncBatchNorm,
 )
 from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
@@ -27,15 +23,13 @@ from torch.nn.utils import parametrize
 
 from coordatt_fast import checks, library, ops
 from coordatt_fast.backends import AUTO, choice, serving
-from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
+from coordatt_fast.codes import NEEDS_PARAMETERS, NEEDS_X, NORM_BATCH, NORM_GIVEN, NORM_NONE
 from coordatt_fast.reference import ACTIVATIONS
 
 FUSED, HYBRID, REFERENCE, ORIGINAL = "fused", "hybrid", "reference", "original"
 
 BATCH_NORMS = (BatchNorm2d, SyncBatchNorm)
 CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
-ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu6": ReLU6}
-CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
@@ -54,6 +48,24 @@ class Detour(NamedTuple):
 
     tier: str
     reason: str
+
+
+def _settings(module: Module) -> dict:
+    d = module.__dict__
+    return {name: d[name] for name in d if not name.startswith("_") and name not in ("training", "inplace")}
+
+
+_MADE = [activation.make() for activation in ACTIVATIONS.values()]
+# Of those whose class is one function; the others are for activation_code to tell.
+_CODES = {type(made): code for code, made in enumerate(_MADE) if not _settings(made)}
+
+
+def activation_code(child: Module) -> int | None:
+    """The operators' code for this child; None where no kernel computes it."""
+    for code, made in enumerate(_MADE):
+        if type(child) is type(made) and _settings(child) == _settings(made):
+            return code
+    return None
 
 
 class Passes(NamedTuple):
@@ -215,7 +227,7 @@ def check_plain(children: dict, x: Tensor) -> None:
     """Raises as checks.parameters does, where no child can have a say in shapes and dtypes."""
     found = [children.get(name) for name in CHILDREN]
     _, _, conv1, bn1, act, conv_h, conv_w = found
-    if not is_eager(x) or any(map(observed, found)) or type(act) not in CODES:
+    if not is_eager(x) or any(map(observed, found)) or activation_code(act) is None:
         return
     if not all(type(conv) is Conv2d and pointwise(conv.__dict__) for conv in (conv1, conv_h, conv_w)):
         return
@@ -359,8 +371,8 @@ def arguments(settings: dict, x) -> tuple | Detour:
             eps, norm, update = 0.0, NORM_NONE, False
         else:
             return Detour(HYBRID, f"bn1 is a {type(bn1).__name__}")
-        activation = CODES.get(type(act))
-        if activation is None:
+        activation = _CODES.get(type(act))
+        if activation is None and (activation := activation_code(act)) is None:
             return Detour(HYBRID, f"no kernel for the activation {type(act).__name__}")
     except KeyError as missing:
         return Detour(HYBRID, _why_missing(missing, children))
@@ -389,13 +401,12 @@ def arguments(settings: dict, x) -> tuple | Detour:
 def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
     """Of the dispatched operators; docs/how-it-works.md derives them."""
     if tier == FUSED:
-        return {"forward": Passes(2, 1), "backward": Passes(3, 1)}
-    reads, writes, back_reads, back_writes = (2, 1, 5, 3) if tier == HYBRID else (4, 2, 12, 8)
-    if tier == HYBRID and pools:
-        reads, writes, back_reads, back_writes = 3, 1, 7, 5
-    if tier not in (FUSED, HYBRID) and skip:
-        reads, writes, back_reads, back_writes = reads + 2, writes + 1, back_reads + 2, back_writes + 1
-    return {"forward": Passes(reads, writes), "backward": Passes(back_reads, back_writes)}
+        forward, backward = Passes(2, 1), Passes(3, 1)
+    elif tier == HYBRID:
+        forward, backward = (Passes(3, 1), Passes(7, 5)) if pools else (Passes(2, 1), Passes(5, 3))
+    else:
+        forward, backward = (Passes(6, 3), Passes(14, 9)) if skip else (Passes(4, 2), Passes(12, 8))
+    return {"forward": forward, "backward": backward}
 
 
 def _counted(passes: dict[str, Passes], mid: int, x: Tensor) -> dict[str, Passes]:
@@ -403,7 +414,8 @@ def _counted(passes: dict[str, Passes], mid: int, x: Tensor) -> dict[str, Passes
     from coordatt_fast.kernels import entries, traffic
 
     nhwc = x.stride(1) == 1 and x.shape[1] > 1
-    found = entries.by_operator(x.shape, mid, x.dtype, nhwc, needs=510 | x.requires_grad)
+    needs = NEEDS_PARAMETERS | (NEEDS_X if x.requires_grad else 0)
+    found = entries.by_operator(x.shape, mid, x.dtype, nhwc, needs=needs)
     counted, size = {}, x.numel() * x.element_size()
     for name, operator in (("forward", "attend"), ("backward", "attend_backward")):
         if name in passes:

@@ -72,7 +72,7 @@ struct Device {
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Elements of T in 16 bytes, by DType.
+// Bytes of an element.
 inline int bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 inline int acc_bytes_of(DType t) { return t == DType::f64 ? 8 : 4; }
 
