@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import (
     AdaptiveAvgPool2d,
     BatchNorm2d,
@@ -15,15 +14,15 @@ from torch.nn import (
     Parameter,
     SyncBatchNorm,
 )
-from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
-from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
-from torch.nn.modules.module import _global_forward_hooks as _hooks
-from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 from torch.nn.utils import parametrize
 
-from coordatt_fast import checks, library, ops
-from coordatt_fast.backends import AUTO, choice, serving
+from coordatt_fast import checks, internals, ops
+from coordatt_fast.backends import AUTO, SERVED_BY_CPU, choice, serving
 from coordatt_fast.codes import NEEDS_PARAMETERS, NEEDS_X, NORM_BATCH, NORM_GIVEN, NORM_NONE
+from coordatt_fast.internals import global_backward_hooks as _backward_hooks
+from coordatt_fast.internals import global_backward_pre_hooks as _backward_pre_hooks
+from coordatt_fast.internals import global_forward_hooks as _hooks
+from coordatt_fast.internals import global_forward_pre_hooks as _pre_hooks
 from coordatt_fast.reference import ACTIVATIONS
 
 FUSED, HYBRID, REFERENCE, ORIGINAL = "fused", "hybrid", "reference", "original"
@@ -36,10 +35,9 @@ _HALF = (torch.bfloat16, torch.float16)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = internals.is_compiling
+_not_ordinary = internals.not_ordinary
 _is_autocast_enabled = torch.is_autocast_enabled
-_in_functorch = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
 _float32 = torch.float32
 
 
@@ -107,38 +105,22 @@ def obstacle(x) -> str | None:
     if type(x) not in _PLAIN:
         checks.not_a_map(x)
         why = f"x is a {type(x).__name__}, not a plain tensor"
-    elif _in_functorch():
-        why = "inside a torch.func transform"
-    elif forward_ad._current_level >= 0:
-        why = "forward-mode AD"
-    # torch.compiler.is_exporting() is true in every compiled call of torch 2.11.
-    elif torch.compiler._is_exporting_flag if _is_compiling() else _tracing_state() is not None:
-        why = "the call is exported or traced"
-    else:
+    elif (why := _not_ordinary()) is None:
         shape = x.shape
         if len(shape) != 4 or shape[2] == 0 or shape[3] == 0:
             checks.map_size(x)
         if x.dtype is not _float32 and x.dtype not in _DTYPES:
             raise NotImplementedError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
         name = choice.name
-        if x.is_cpu and ops.LOADED and (name == AUTO or name == "cpu"):
+        if x.is_cpu and name in SERVED_BY_CPU:
             return None
-        why = _backend_obstacle(name, x)
-        if why is None:
+        device = x.device
+        served, why = serving(name, device.type, device.index, ops.is_long(x))
+        if served is not None:
             return None
     if choice.name not in (AUTO, "reference"):
         raise RuntimeError(f"backend {choice.name!r} was chosen but cannot run this call: {why}")
     return why
-
-
-def _backend_obstacle(name: str, x) -> str | None:
-    """Why the backend of this name, or under auto every backend, cannot take x."""
-    kind = x.device.type
-    if name == "reference":
-        return "this backend was chosen"
-    if name == "cpu" or (name == AUTO and kind == "cpu"):
-        return library.load().reason if kind == "cpu" else f"it takes CPU tensors, x is on {kind}"
-    return serving(name, kind, x.device.index, ops.is_long(x))[1] or None
 
 
 def dtype_obstacle(x: Tensor, tensors: tuple, names: tuple) -> str | None:
@@ -244,7 +226,7 @@ def check_plain(children: dict, x: Tensor) -> None:
 
 def is_eager(x) -> bool:
     """Whether x is an ordinary tensor in an ordinary call, so that its sizes may be looked at."""
-    return type(x) in _PLAIN and not _is_compiling() and _tracing_state() is None
+    return type(x) in _PLAIN and not _is_compiling() and internals.tracing_state() is None
 
 
 def autocast(x: Tensor) -> bool:
@@ -364,7 +346,7 @@ def arguments(settings: dict, x) -> tuple | Detour:
             norm = NORM_BATCH if training or mean is None else NORM_GIVEN
             update = training and d["track_running_stats"]
             if training and type(bn1) is SyncBatchNorm and (group := _process_group(d)) is not None:
-                if ops.operators(x).name != "cpu":
+                if not ops.operators(x).row.joined:
                     return Detour(HYBRID, "bn1 is a SyncBatchNorm over processes: no kernels but the cpu's")
         elif type(bn1) is Identity:
             gamma = beta = mean = var = tracked = momentum = None
@@ -409,7 +391,7 @@ def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
     return {"forward": forward, "backward": backward}
 
 
-def _counted(passes: dict[str, Passes], mid: int, x: Tensor) -> dict[str, Passes]:
+def _by_launches(passes: dict[str, Passes], mid: int, norm: int, x: Tensor) -> tuple[dict[str, Passes], str]:
     """The same passes as the Triton kernels' launches for x make them; without dx backward is one pass."""
     from coordatt_fast.kernels import entries, traffic
 
@@ -421,7 +403,20 @@ def _counted(passes: dict[str, Passes], mid: int, x: Tensor) -> dict[str, Passes
         if name in passes:
             full, _ = traffic.bytes_moved(found[operator])
             counted[name] = Passes(full.read // size, full.written // size)
-    return counted
+    return counted, ""
+
+
+def _by_cuda_way(passes: dict[str, Passes], mid: int, norm: int, x: Tensor) -> tuple[dict[str, Passes], str]:
+    """The same passes by the way that the CUDA kernels go forward: in one launch x is read once."""
+    if x.is_meta:
+        return passes, ""
+    way = ops.cuda_forward_way(x, mid, "backward" in passes or norm == NORM_BATCH)
+    once = {} if way == "chain" else {"forward": Passes(1, 1)}
+    return passes | once, f"; forward by {way}"
+
+
+# Backends whose passes depend on the map, and the words that explain adds.
+_SEVERAL_WAYS = {"triton": _by_launches, "cuda": _by_cuda_way}
 
 
 def _foreign_forward(module: Module) -> str | None:
@@ -466,7 +461,7 @@ def _refuse(children: dict, x: Tensor, found: tuple | Detour, checked: bool) -> 
         if not special_pools(children):
             checks.convolution(x, conv1.weight, "conv1.weight", conv1.groups, autocast(x))
     inplace = type(found) is tuple and found[-1] is not None
-    if inplace and not torch.is_grad_enabled() and torch._debug_has_internal_overlap(x) == 1:
+    if inplace and not torch.is_grad_enabled() and internals.shares_memory(x):
         shared = f"x has elements that share memory: strides {x.stride()}"
         raise RuntimeError(f"{shared}; inplace=True writes into it")
 
@@ -514,14 +509,10 @@ def explain(module: Module, x: Tensor) -> Plan:
     elif tier != ORIGINAL and x.is_inference():
         raise RuntimeError("x was made in inference mode and cannot be saved for backward: clone it")
     backend = ops.operators(x).name if tier in (FUSED, HYBRID) else REFERENCE
-    if tier == FUSED and x.numel():
-        if backend == "triton":
-            passes = _counted(passes, found[0][0].shape[0], x)
-        elif backend == "cuda" and not x.is_meta:
-            training = "backward" in passes or found[1] == NORM_BATCH
-            way = ops.cuda_forward_way(x, found[0][0].shape[0], training)
-            reason = f"{reason}; forward by {way}"
-            passes["forward"] = passes["forward"] if way == "chain" else Passes(1, 1)
+    if tier == FUSED and x.numel() and backend in _SEVERAL_WAYS:
+        weights, norm, *_ = found
+        passes, way = _SEVERAL_WAYS[backend](passes, weights[0].shape[0], norm, x)
+        reason += way
     size = x.numel() * x.element_size() if isinstance(x, Tensor) else 0
     moved = sum(p.reads + p.writes for p in passes.values()) * size
     return Plan(tier, backend, reason + _around(module), passes, moved)
