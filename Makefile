@@ -1,7 +1,7 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
 #                                                                          (SEED=1 for other random numbers)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
-# make bench-rivals  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
+# make bench-blocks  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
 # make examples      the examples, pictures in build/examples
 # make bench-micro   pytest-benchmark suites, one per pass
 # make aot           the GPU kernels compiled for GPUs that are not here
@@ -20,7 +20,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
 REQUIREMENTS := $(filter-out $(ALONE),$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-rivals bench-micro examples aot sanitized attack gpu lint clean
+.PHONY: venv test bench bench-blocks bench-micro examples aot sanitized attack gpu lint clean
 
 venv: .venv/built
 
@@ -40,8 +40,8 @@ test: venv
 bench: venv
 	$(BIN)/python -m bench.throughput $(ARGS)
 
-bench-rivals: venv
-	$(BIN)/python -m bench.rivals $(ARGS)
+bench-blocks: venv
+	$(BIN)/python -m bench.other_blocks $(ARGS)
 
 examples: venv
 	$(BIN)/python -m examples.accelerate_timm_and_yolo $(ARGS)
