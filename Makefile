@@ -8,7 +8,8 @@
 # make attack        random attacks on all of it for MINUTES=60, two processes  (SEED=1 for a known start)
 # make sanitized     the CUDA kernels in the emulator, under sanitizers
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
-# make lint, make clean
+# make lint         ruff, mypy on the public face, the workflows
+# make clean
 # Needs Python 3.10 or newer (PYTHON=python3.12 for another one), a C++ compiler and make.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ MINUTES ?= 60
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
-REQUIREMENTS := $(filter-out $(ALONE),$(wildcard requirements/*.txt))
+REQUIREMENTS := $(filter-out $(ALONE) requirements/release.txt,$(wildcard requirements/*.txt))
 
 .PHONY: venv test bench bench-blocks bench-micro examples aot sanitized attack gpu lint clean
 
@@ -65,6 +66,10 @@ gpu: venv
 
 lint: .venv/installed
 	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 clean:
 	rm -rf .venv build dist coordatt_fast.egg-info coordatt_fast/lib

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -81,10 +81,10 @@ def _describe_cpu() -> Backend:
 
 
 @functools.cache
-def built_with_cuda() -> dict | None:
-    """What the library says of its CUDA kernels ("built"; "verified": [way, architecture]); None without."""
+def built_with_cuda() -> dict:
+    """What the library says of its CUDA kernels ("built"; "verified": [way, architecture]); {} without."""
     loaded = library.load().loaded
-    return json.loads(torch.ops.coordatt_fast.build_info())["cuda"] if loaded else None
+    return (json.loads(torch.ops.coordatt_fast.build_info())["cuda"] or {}) if loaded else {}
 
 
 def _cuda_missing() -> str | None:
@@ -246,7 +246,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     mine = [_valid(name, "the name of the backend")]
     # A generator may be closed in another thread than it was started in.
-    here = choice if torch.compiler.is_compiling() else _Here()
+    here: Any = choice if torch.compiler.is_compiling() else _Here()
     here.entries, here.name = [*here.entries, mine], name
     try:
         yield

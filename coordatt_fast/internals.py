@@ -54,7 +54,7 @@ def mark_constant(function: Callable) -> None:
 def apply_of(function: type[Function]) -> Callable:
     """Function.apply without its look for functorch's wrappers, which costs 5 us: plan.py sends those to the
     reference."""
-    return super(Function, function).apply
+    return super(Function, function).apply  # type: ignore[misc]
 
 
 def argument_names(op) -> list[str]:

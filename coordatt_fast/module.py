@@ -1,5 +1,7 @@
 """CoordAtt: the drop-in module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +62,7 @@ class CoordAtt(nn.Module):
         self._inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        arguments = plan.arguments(self.__dict__, x)
+        arguments: Any = plan.arguments(self.__dict__, x)
         if type(arguments) is tuple:
             try:
                 return ops.attention(x, *arguments)
@@ -117,8 +119,8 @@ class Scriptable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)
-        y = self.act(self.bn1(self.conv1(torch.cat([rows, columns], dim=2))))
+        y = self.act(self.bn1(self.conv1(torch.cat([rows, columns], dim=2))))  # type: ignore[operator]
         h = x.size(2)
-        s_h, s_w = self.conv_h(y[:, :, :h]), self.conv_w(y[:, :, h:].transpose(2, 3))
+        s_h, s_w = self.conv_h(y[:, :, :h]), self.conv_w(y[:, :, h:].transpose(2, 3))  # type: ignore[operator]
         out = x * s_w.sigmoid() * s_h.sigmoid()
         return out + x if self.skip else out

@@ -1,7 +1,7 @@
 """Which tier and backend a call takes, and why."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ def obstacle(x) -> str | None:
     Raises what plain PyTorch does for an x that is no feature map, and RuntimeError when a backend was chosen
     by name and cannot serve the call.
     """
+    why: str | None
     if type(x) not in _PLAIN:
         checks.not_a_map(x)
         why = f"x is a {type(x).__name__}, not a plain tensor"
@@ -207,7 +208,7 @@ def special_pools(children: dict) -> bool:
 
 def check_plain(children: dict, x: Tensor) -> None:
     """Raises as checks.parameters does, where no child can have a say in shapes and dtypes."""
-    found = [children.get(name) for name in CHILDREN]
+    found: list[Any] = [children.get(name) for name in CHILDREN]
     _, _, conv1, bn1, act, conv_h, conv_w = found
     if not is_eager(x) or any(map(observed, found)) or activation_code(act) is None:
         return
@@ -474,6 +475,7 @@ def explain(module: Module, x: Tensor) -> Plan:
     accelerated module's own forward raises (tier "original") is not foreseen.
     """
     accelerated = getattr(module, "__dict__", {}).get("_coordatt_fast")
+    found: Any
     foreign = _foreign_forward(module) if isinstance(module, Module) else None
     if accelerated is not None:
         skip, pools = accelerated.skip, False
