@@ -1,14 +1,15 @@
 # make test          the environment in .venv, the build, the tests        (ARGS="-k plan" for some)
 #                                                                          (SEED=1 for other random numbers)
 # make bench         the benchmark                                         (ARGS="--network yolov5s --mode eval")
-# make bench-rivals  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
+# make bench-blocks  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
 # make examples      the examples, pictures in build/examples
 # make bench-micro   pytest-benchmark suites, one per pass
 # make aot           the GPU kernels compiled for GPUs that are not here
 # make attack        random attacks on all of it for MINUTES=60, two processes  (SEED=1 for a known start)
 # make sanitized     the CUDA kernels in the emulator, under sanitizers
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
-# make lint, make clean
+# make lint         ruff, mypy on the public face, the workflows
+# make clean
 # Needs Python 3.10 or newer (PYTHON=python3.12 for another one), a C++ compiler and make.
 
 PYTHON ?= python3
@@ -18,9 +19,9 @@ MINUTES ?= 60
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
-REQUIREMENTS := $(filter-out $(ALONE),$(wildcard requirements/*.txt))
+REQUIREMENTS := $(filter-out $(ALONE) requirements/release.txt,$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-rivals bench-micro examples aot sanitized attack gpu lint clean
+.PHONY: venv test bench bench-blocks bench-micro examples aot sanitized attack gpu lint clean
 
 venv: .venv/built
 
@@ -40,8 +41,8 @@ test: venv
 bench: venv
 	$(BIN)/python -m bench.throughput $(ARGS)
 
-bench-rivals: venv
-	$(BIN)/python -m bench.rivals $(ARGS)
+bench-blocks: venv
+	$(BIN)/python -m bench.other_blocks $(ARGS)
 
 examples: venv
 	$(BIN)/python -m examples.accelerate_timm_and_yolo $(ARGS)
@@ -65,6 +66,10 @@ gpu: venv
 
 lint: .venv/installed
 	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 clean:
 	rm -rf .venv build dist coordatt_fast.egg-info coordatt_fast/lib

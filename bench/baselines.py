@@ -37,7 +37,7 @@ RIVALS = {
     ),
     "openvino": Rival("OpenVINO", "the same ONNX file, computed in float32; NCHW inference on a CPU only"),
 }
-COMPILED = ("compile", "compile-mean", "compile-max")
+ANY_COMPILED = ("compile", "compile-mean", "compile-max")
 FOREIGN = ("onnxruntime", "openvino")
 DEFAULT_RIVALS = ("eager", "compile", "compile-mean", "onnxruntime", "openvino")
 
@@ -91,7 +91,7 @@ def local(name: str, plain: nn.Module, case: Case) -> tuple[Function, nn.Module]
         rewritten = MeanCoordAtt(case.shape[1], case.shape[1])
         rewritten.load_state_dict(plain.state_dict())
         module = case.place(rewritten)
-    if name in COMPILED:
+    if name in ANY_COMPILED:
         mode = "max-autotune-no-cudagraphs" if name == "compile-max" else "default"
         return torch.compile(module, dynamic=False, fullgraph=True, mode=mode), module
     return module, module

@@ -16,7 +16,8 @@ from bench import baselines, checks, machine
 from bench.baselines import CLONE, FOREIGN, OURS, OURS_OUT
 from bench.cases import Case
 from bench.foreign import Foreign
-from bench.timing import LARGE_OUTPUT, Contestant, Local, Race, race
+from bench.timing import LARGE_OUTPUT
+from coordatt_fast.interleaved import Contestant, Local, Race, race
 
 
 @dataclass(frozen=True)

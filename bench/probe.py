@@ -12,8 +12,8 @@ import torch
 
 from bench import machine
 from bench.attention import PlainCoordAtt
-from bench.timing import Spread
 from coordatt_fast import accelerate, restore
+from coordatt_fast.interleaved import Spread
 
 CHANNELS = (24, 96, 384, 960, 2048)
 

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass
 
 from bench import networks
-from bench.baselines import COMPILED, takes_part
+from bench.baselines import ANY_COMPILED, takes_part
 from bench.cases import Case
 from bench.instances import Effort
 from bench.lab import Jobs
-from bench.timing import LARGE_OUTPUT, PAGES
+from bench.timing import PAGES, pages_for
 from bench.whole_network import NetworkCase
 
 
@@ -58,11 +58,6 @@ def network_cases(options) -> list[NetworkCase]:
     ]
 
 
-def pages_for(size: int, device: str) -> tuple[str, ...]:
-    """Page states a case with full-size tensors of ``size`` bytes is measured in."""
-    return ("fresh", "kept") if size > LARGE_OUTPUT and device == "cpu" else ("plain",)
-
-
 def compiled_cases(chosen: list[Case], per_group: int) -> set[Case]:
     """The cases torch.compile takes part in: ``per_group`` for every mode and batch."""
     groups: dict[tuple, list[Case]] = {}
@@ -98,7 +93,7 @@ def instance_jobs(options, effort: Effort) -> list[dict]:
             "rivals": [
                 name
                 for name in options.rivals
-                if takes_part(name, case) and (name not in COMPILED or case in compiled)
+                if takes_part(name, case) and (name not in ANY_COMPILED or case in compiled)
             ],
         }
         for case in chosen
@@ -118,7 +113,7 @@ def plan(options) -> tuple[list[Jobs], list[str]]:
             if lab.pages in job["pages"]:
                 lab.jobs.append(job)
     left_out = []
-    wanted = {name for name in options.rivals if name in COMPILED}
+    wanted = {name for name in options.rivals if name in ANY_COMPILED}
     without = sum(job["kind"] == "instance" and not wanted & {*job["rivals"]} for job in jobs)
     if wanted and without:
         left_out.append(
@@ -131,5 +126,5 @@ def expected(job: dict) -> float:
     """Seconds a job takes on an idle machine, compiling included; shares of the budget follow it."""
     train = job["case"]["mode"] == "train"
     setup = (6.0 if train else 2.0) if job["kind"] == "network" else 0.7
-    compiled = sum(name in COMPILED for name in job["rivals"])
+    compiled = sum(name in ANY_COMPILED for name in job["rivals"])
     return setup + job["effort"]["seconds"] + compiled * (5.0 if train else 2.0)

@@ -12,7 +12,7 @@ from bench import checks, photos
 from bench.attention import PlainCoordAtt, SqueezeExcite, parameter_count, settle_statistics
 from bench.cases import DTYPES, LAYOUTS
 from bench.instances import Effort, explain
-from bench.timing import Local, Race, race
+from coordatt_fast.interleaved import Local, Race, race
 from coordatt_fast.models import mobilenet_v2_ca
 
 NONE, SE, PLAIN, OURS = "none", "se", "plain", "ours"

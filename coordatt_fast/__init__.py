@@ -21,9 +21,9 @@ if (
 
 from coordatt_fast.accelerate import Report, accelerate, restore  # noqa: E402
 from coordatt_fast.backends import backends, use_backend  # noqa: E402
+from coordatt_fast.explanation import explain  # noqa: E402
 from coordatt_fast.functional import coord_att  # noqa: E402
 from coordatt_fast.module import CoordAtt  # noqa: E402
-from coordatt_fast.plan import explain  # noqa: E402
 
 __all__ = [
     "CoordAtt",

@@ -5,7 +5,7 @@ import inspect
 import logging
 import warnings
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -61,9 +61,10 @@ def _forward_of_any(self, *args, **kwargs):
 
 
 @functools.cache
-def _subclass(cls: type) -> type:
+def _subclass(cls: Any) -> Any:
     # The original class by name: its place in the order varies where a framework subclasses this one.
-    namespace = {"__module__": __name__, "__doc__": Accelerated.__doc__, "_coordatt_fast_class": cls}
+    namespace: dict[str, Any] = {"__module__": __name__, "__doc__": Accelerated.__doc__}
+    namespace["_coordatt_fast_class"] = cls
     # A plain signature where there is one: torch.fx and exporters take their inputs' names from it.
     if list(inspect.signature(cls.forward).parameters)[1:] != ["x"]:
         namespace["forward"] = _forward_of_any
@@ -167,7 +168,8 @@ def accelerate(model: nn.Module) -> Report:
                 if not any(id(child) in left for child in children):
                     report.skipped.append(Skipped(path, name, str(reason)))
                 left.add(id(module))
-    report.replaced.reverse(), report.skipped.reverse()
+    report.replaced.reverse()
+    report.skipped.reverse()
     log.info("coordatt_fast: %s", report)
     if not report.replaced and not already:
         warnings.warn(f"accelerate found nothing to accelerate: {report}", stacklevel=2)
@@ -175,7 +177,7 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def _take_over(module: nn.Module, wiring: Wiring) -> None:
-    cls = _subclass(type(module))
+    cls = _subclass(type(module))  # type: ignore[arg-type]  # mypy: Module.__hash__
     object.__setattr__(module, "__class__", cls)
     module.__dict__[_ATTRIBUTE] = kept(wiring)
 
@@ -205,7 +207,7 @@ def _describe(module: nn.Module, wiring: Wiring) -> tuple[str, str]:
     fused = (
         all(type(conv) is nn.Conv2d for conv in convolutions)
         and type(bn1) in (*plan.BATCH_NORMS, nn.Identity)
-        and type(act) in plan.CODES
+        and plan.activation_code(act) is not None
     )
     differs = []
     if wiring.activation != "hard_swish":

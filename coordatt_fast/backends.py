@@ -5,20 +5,20 @@ import functools
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
-from coordatt_fast import library
+from coordatt_fast import internals, library
 
-NAMES = ("cpu", "cuda", "triton", "reference")
 AUTO = "auto"
 
 # As Triton reads it, when it is imported; its kernels then also run, slowly, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-# What auto takes beside cpu, and cuda (whose table is csrc/cuda/verified.h): backends whose tests have passed
-# on a real device (make gpu).
+# Backends that have no table of verified GPUs (cuda has csrc/cuda/verified.h) and whose tests have passed on
+# one (make gpu).
 VERIFIED: frozenset[str] = frozenset()
 TRITON_DEVICES = ("cuda", "xpu")
 
@@ -31,9 +31,95 @@ class Backend:
     reason: str
 
 
+def _anywhere(kind: str, index: int) -> bool:
+    return True
+
+
+class Row(NamedTuple):
+    """All that is said of a backend with kernels of its own.
+
+    devices: kinds of the tensors it takes. namespace: its operators' in torch.ops. missing: why its operators
+    are not there; None when they are. refuses: the error's words for tensors on another kind of device.
+    verified: whether its tests have passed on the device of that kind and index, so that auto takes it.
+    describe: for backends(). long: whether it takes lines of any length (see is_long of ops.py). joined:
+    whether it has kernels for batch statistics of several processes.
+    """
+
+    devices: tuple[str, ...]
+    namespace: str
+    missing: Callable[[], str | None]
+    refuses: Callable[[str], str]
+    verified: Callable[[str, int], bool]
+    describe: Callable[[], Backend]
+    long: bool = True
+    joined: bool = False
+
+    def obstacle(self, kind: str, long: bool) -> str | None:
+        """Why it cannot take maps on this kind of device; None when it can. long: as in serving."""
+        if kind not in self.devices:
+            return self.refuses(kind)
+        if why := self.missing():
+            return why
+        return "H + W is above 4096 (2048 in float64)" if long and not self.long else None
+
+
+# cpu -------------------------------------------------------------------------------------------------
+
+
+def _cpu_missing() -> str | None:
+    loaded = library.load()
+    return None if loaded.loaded else loaded.reason
+
+
+def _describe_cpu() -> Backend:
+    if why := _cpu_missing():
+        return Backend(False, why)
+    return Backend(True, f"compiled library, SIMD level {torch.ops.coordatt_fast.simd_level()}")
+
+
+# cuda ------------------------------------------------------------------------------------------------
+
+
 @functools.cache
-def _import_triton() -> str | None:
-    """Why the Triton kernels cannot be imported; None when they are."""
+def built_with_cuda() -> dict:
+    """What the library says of its CUDA kernels ("built"; "verified": [way, architecture]); {} without."""
+    loaded = library.load().loaded
+    return (json.loads(torch.ops.coordatt_fast.build_info())["cuda"] or {}) if loaded else {}
+
+
+def _cuda_missing() -> str | None:
+    if why := _cpu_missing():
+        return why
+    return None if built_with_cuda() else "the library was built without CUDA (no nvcc, or FORCE_CUDA=0)"
+
+
+@functools.cache
+def _cuda_verified(kind: str, index: int) -> bool:
+    if index >= torch.cuda.device_count():  # a fake tensor's
+        return False
+    major, minor = torch.cuda.get_device_capability(index)
+    return ["chain", 10 * major + minor] in built_with_cuda()["verified"]
+
+
+def _describe_cuda() -> Backend:
+    if why := _cuda_missing():
+        return Backend(False, why)
+    kernels = f"compiled library, CUDA {built_with_cuda()['built']}"
+    if not torch.cuda.is_available():
+        return Backend(False, f"{kernels}, but torch finds no GPU")
+    return _on_gpu(f"{kernels}, {torch.cuda.get_device_name()}", _cuda_verified("cuda", 0))
+
+
+def _on_gpu(what: str, verified: bool) -> Backend:
+    return Backend(True, what if verified else f"{what}; not yet verified, so not under auto")
+
+
+# triton ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Imports the kernels."""
     try:
         import triton  # noqa: F401
     except Exception as error:
@@ -43,109 +129,84 @@ def _import_triton() -> str | None:
     return None
 
 
-def triton_obstacle(kind: str) -> str | None:
-    """Why Triton's kernels cannot take tensors on this kind of device; None when they can."""
-    if kind == "cpu" and not INTERPRETED:
+def _triton_refuses(kind: str) -> str:
+    if kind == "cpu":
         return "Triton has no kernels for CPU tensors (only its interpreter, under TRITON_INTERPRET=1)"
-    if kind not in ("cpu", *TRITON_DEVICES):
-        return f"no backend for device {kind} in this version"
-    return _import_triton()
+    return f"no backend for device {kind} in this version"
 
 
-@functools.cache
-def built_with_cuda() -> dict | None:
-    """What the library says of its CUDA kernels ("built"; "verified": [way, architecture]); None without."""
-    loaded = library.load().loaded
-    return json.loads(torch.ops.coordatt_fast.build_info())["cuda"] if loaded else None
+def _triton_verified(kind: str, index: int) -> bool:
+    return "triton" in VERIFIED
 
 
-def cuda_obstacle(kind: str) -> str | None:
-    """Why the CUDA kernels cannot take tensors on this kind of device; None when they can."""
-    if kind != "cuda":
-        return f"it takes CUDA tensors, x is on {kind}"
-    if not library.load().loaded:
-        return library.load().reason
-    return None if built_with_cuda() else "the library was built without CUDA (no nvcc, or FORCE_CUDA=0)"
-
-
-def _architecture(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-@functools.cache
-def _verified(name: str, kind: str, index: int) -> bool:
-    if name == "triton":
-        return name in VERIFIED
-    if index >= torch.cuda.device_count():  # a fake tensor's
-        return False
-    return ["chain", _architecture(index)] in built_with_cuda()["verified"]
-
-
-def serving(name: str, kind: str, index: int | None, long: bool) -> tuple[str | None, str]:
-    """The backend that serves a map on this device where name was chosen; else None, and why there is none.
-
-    long: H + W is beyond what the CUDA kernels take. auto takes cuda, then triton, each only where its tests
-    have passed: cuda on that architecture, triton at all.
-    """
-    reasons = []
-    for backend, obstacle in (("cuda", cuda_obstacle), ("triton", triton_obstacle)):
-        if name not in (AUTO, backend):
-            continue
-        if (why := obstacle(kind)) is None and backend == "cuda" and long:
-            why = "H + W is above 4096 (2048 in float64)"
-        if why is None and name == AUTO and not _verified(backend, kind, index or 0):
-            why = "it has not passed its tests on such a GPU yet; choose it by name"
-        if why is None:
-            return backend, ""
-        reasons.append(why if name == backend else f"auto leaves out {backend!r}: {why}")
-    return None, "; ".join(reasons)
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler.
-serving._dynamo_marked_constant = True
-
-
-def _triton() -> tuple[bool, str]:
-    if why := _import_triton():
-        return False, why
+def _describe_triton() -> Backend:
+    if why := _triton_missing():
+        return Backend(False, why)
     import triton
 
     version = f"triton {triton.__version__}"
     for kind in TRITON_DEVICES:
         device = getattr(torch, kind, None)
         if device is not None and device.is_available():
-            reason = f"{version}, {device.get_device_name()}"
-            return True, reason if "triton" in VERIFIED else f"{reason}; not yet verified, so not under auto"
+            return _on_gpu(f"{version}, {device.get_device_name()}", _triton_verified(kind, 0))
     if INTERPRETED:
-        return True, f"{version}, its interpreter on CPU tensors (TRITON_INTERPRET=1)"
-    return False, f"{version}, but there is no GPU"
+        return Backend(True, f"{version}, its interpreter on CPU tensors (TRITON_INTERPRET=1)")
+    return Backend(False, f"{version}, but there is no GPU")
 
 
-def _cuda() -> tuple[bool, str]:
-    if why := cuda_obstacle("cuda"):
-        return False, why
-    kernels = f"compiled library, CUDA {built_with_cuda()['built']}"
-    if not torch.cuda.is_available():
-        return False, f"{kernels}, but torch finds no GPU"
-    reason = f"{kernels}, {torch.cuda.get_device_name()}"
-    return True, reason if _verified("cuda", "cuda", 0) else f"{reason}; not yet verified, so not under auto"
+# All of them -----------------------------------------------------------------------------------------
+
+# In the order in which auto tries them.
+ROWS = {
+    "cpu": Row(
+        ("cpu",), "coordatt_fast", _cpu_missing, "it takes CPU tensors, x is on {}".format,
+        _anywhere, _describe_cpu, joined=True,
+    ),
+    "cuda": Row(
+        ("cuda",), "coordatt_fast", _cuda_missing, "it takes CUDA tensors, x is on {}".format,
+        _cuda_verified, _describe_cuda, long=False,
+    ),
+    "triton": Row(
+        (*TRITON_DEVICES, *(["cpu"] if INTERPRETED else [])), "coordatt_fast_triton", _triton_missing,
+        _triton_refuses, _triton_verified, _describe_triton,
+    ),
+}  # fmt: skip
+NAMES = (*ROWS, "reference")
+# The choices that leave CPU tensors to the compiled library.
+SERVED_BY_CPU = frozenset() if _cpu_missing() else frozenset((AUTO, "cpu"))
+
+
+def serving(name: str, kind: str, index: int | None, long: bool) -> tuple[str | None, str]:
+    """The backend that serves a map on this device where name was chosen; else None, and why there is none.
+
+    long: H + W is beyond what the CUDA kernels take. auto takes the first backend that can and whose tests
+    have passed on such a device.
+    """
+    if name in ROWS:
+        why = ROWS[name].obstacle(kind, long)
+        return (name, "") if why is None else (None, why)
+    if name != AUTO:
+        return None, "this backend was chosen"
+    reasons = []
+    for backend, row in ROWS.items():
+        if kind not in row.devices:
+            continue
+        why = row.obstacle(kind, long)
+        if why is None and not row.verified(kind, index or 0):
+            why = "it has not passed its tests on such a GPU yet; choose it by name"
+        if why is None:
+            return backend, ""
+        reasons.append(f"auto leaves out {backend!r}: {why}")
+    return None, "; ".join(reasons) or f"no backend for device {kind} in this version"
+
+
+internals.mark_constant(serving)
 
 
 def backends() -> dict[str, Backend]:
     """Every backend by name: cpu, cuda, triton, reference."""
-    loaded = library.load()
-    cpu = (
-        f"compiled library, SIMD level {torch.ops.coordatt_fast.simd_level()}"
-        if loaded.loaded
-        else loaded.reason
-    )
-    return {
-        "cpu": Backend(loaded.loaded, cpu),
-        "cuda": Backend(*_cuda()),
-        "triton": Backend(*_triton()),
-        "reference": Backend(True, "plain PyTorch"),
-    }
+    found = {name: row.describe() for name, row in ROWS.items()}
+    return found | {"reference": Backend(True, "plain PyTorch")}
 
 
 def _valid(name: str, source: str) -> str:
@@ -185,7 +246,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     mine = [_valid(name, "the name of the backend")]
     # A generator may be closed in another thread than it was started in.
-    here = choice if torch.compiler.is_compiling() else _Here()
+    here: Any = choice if torch.compiler.is_compiling() else _Here()
     here.entries, here.name = [*here.entries, mine], name
     try:
         yield

@@ -9,6 +9,7 @@ import threading
 import torch
 from torch import Tensor
 
+from coordatt_fast import internals
 from coordatt_fast.code import FUNCTIONS, Different
 
 # What was looked at in this thread's run: a forward may catch the exception.
@@ -123,7 +124,7 @@ class Blind(Tensor):
                 raise _different(f"its forward uses {name}, which Coordinate Attention does not")
             _look_at(name, args, kwargs)
         _noticed.trace.append((name, _described(args), _described(kwargs)))
-        with torch._C.DisableTorchFunctionSubclass():
+        with internals.WithoutSubclasses():
             out = function(*opened(args), **{key: opened(value) for key, value in kwargs.items()})
             if name in ("size", "shape") and isinstance(out, int):
                 dim = args[1] if len(args) > 1 else kwargs["dim"]

@@ -86,8 +86,11 @@ def _prefixes(state: Mapping[str, Tensor]) -> set[str]:
 
 
 def _is_block(state: Mapping[str, Tensor], prefix: str, names: dict[str, str]) -> bool:
-    weights = [state.get(f"{prefix}{child}.weight") for child in ("conv1", *names)]
-    if f"{prefix}bn1.weight" not in state or any(w is None or w.dim() != 4 for w in weights):
+    wanted = [f"{prefix}{child}.weight" for child in ("conv1", *names)]
+    if not {f"{prefix}bn1.weight", *wanted} <= state.keys():
+        return False
+    weights = [state[name] for name in wanted]
+    if any(w.dim() != 4 for w in weights):
         return False
     m, c, *size = weights[0].shape
     return size == [1, 1] and all(tuple(w.shape) == (c, m, 1, 1) for w in weights[1:])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from coordatt_fast import checks, ops, plan, reference
+from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN, NORM_NONE
 
 _CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
@@ -40,7 +41,7 @@ def coord_att(
     by momentum (None: the cumulative average, which needs num_batches_tracked); num_batches_tracked grows by
     one where given. Without training the running statistics are used; where they are None there is no
     normalisation.
-    activation: "hard_swish", "silu", "relu" or "relu6".
+    activation: "hard_swish" or another key of coordatt_fast.reference.ACTIVATIONS ("silu", "relu", ...).
     skip: adds x to the result.
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
     out: takes the result, in x's shape and dtype, and may overlap x or a parameter; RuntimeError when a
@@ -69,7 +70,7 @@ def coord_att(
             raise RuntimeError("out= records no gradient, but an argument requires one: use torch.no_grad()")
 
     if plan.functional_obstacle(x, tensors) is None:
-        norm = ops.NORM_BATCH if training else ops.NORM_NONE if running_mean is None else ops.NORM_GIVEN
+        norm = NORM_BATCH if training else NORM_NONE if running_mean is None else NORM_GIVEN
         update = training and (running_mean is not None or num_batches_tracked is not None)
         weights = (*affine, running_mean, running_var, eps, *gates)
         target = x if inplace else out
@@ -80,7 +81,7 @@ def coord_att(
             )  # fmt: skip
         except RuntimeError:
             checks.parameters(x, tensors, checks.FUNCTIONAL_NAMES, plan.autocast(x))
-            if norm != ops.NORM_NONE:
+            if norm != NORM_NONE:
                 checks.epsilon(eps, training)
             raise
 

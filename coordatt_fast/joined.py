@@ -8,10 +8,10 @@ of conv1's bias is zero, as its sum over the processes is.
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from coordatt_fast import ops
+from coordatt_fast import internals, ops
 
 
 def attention(x, weights, activation, skip, tracked, momentum, update, group):
@@ -36,8 +36,7 @@ def make_uncompiled() -> bool:
     return True
 
 
-# What torch.compiler.assume_constant_result does.
-make_uncompiled._dynamo_marked_constant = True
+internals.mark_constant(make_uncompiled)
 
 
 def _gathered(t: Tensor, group) -> Tensor:
@@ -84,7 +83,7 @@ class _Attend(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if internals.in_transform():
             raise RuntimeError("batch statistics of several processes: no backward pass under torch.func")
         x, pooled, squeezed, gates, mean, var, moments, w1, gamma, beta, wh, ww = ctx.saved_tensors
         eps, activation, skip, group = ctx.settings
@@ -106,7 +105,7 @@ class _Attend(Function):
         found = [gradient if needs >> bit & 1 else None for bit, gradient in enumerate(found)]
         if torch.is_grad_enabled():
             # These may be used; what depends on how they were made may not.
-            error = torch._C._functions.DelayedError(_TWICE, len(found))
+            error = internals.DelayedError(_TWICE, len(found))
             found = error(*(None if g is None else g.requires_grad_() for g in found))
         return *found[:5], None, None, None, *found[5:], *(None,) * 6
 

@@ -71,7 +71,7 @@ def _find() -> Path:
     if here.with_name("build.json").exists():
         return here
     installed = [
-        Path(d.locate_file(f"coordatt_fast/lib/{NAME}")) for d in distributions(name="coordatt_fast")
+        Path(str(d.locate_file(f"coordatt_fast/lib/{NAME}"))) for d in distributions(name="coordatt_fast")
     ]
     return next((path for path in installed if path.with_name("build.json").exists()), here)
 
@@ -156,14 +156,15 @@ def _load(path: Path) -> tuple[Library, bool]:
     if build.get("bytes", size) != size:
         why = f"{path} is damaged: it has {size} bytes of {build['bytes']}"
         return Library(False, path, why, build), True
+    problem: object
     try:
-        if (why := _not_whole(path)) is None:
+        if (problem := _not_whole(path)) is None:
             torch.ops.load_library(path)
-            why = _not_ours()
+            problem = _not_ours()
     except Exception as error:
-        why = error.__cause__ or error
-    if why is not None:
-        return Library(False, path, f"{path} does not load ({_mismatch(build)}): {why}", build), True
+        problem = error.__cause__ or error
+    if problem is not None:
+        return Library(False, path, f"{path} does not load ({_mismatch(build)}): {problem}", build), True
     return Library(True, path, "", build), False
 
 
@@ -187,6 +188,6 @@ def load() -> Library:
         try:
             torch.ops.coordatt_fast.set_simd_level(level)
         except Exception as error:
-            why = error if found.loaded else "the compiled library is not loaded"
-            log.warning("COORDATT_FAST_SIMD=%s has no effect: %s", level, why)
+            problem = error if found.loaded else "the compiled library is not loaded"
+            log.warning("COORDATT_FAST_SIMD=%s has no effect: %s", level, problem)
     return found

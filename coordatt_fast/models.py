@@ -74,7 +74,7 @@ def mobilenet_v2_ca(
     make = _maker(attention, reduction)
     width = functools.partial(_width, width_mult, divisor=4 if width_mult == 0.1 else 8)
     channels = width(32)
-    features = [nn.Sequential(*_conv(3, channels, 3, 2, act=nn.ReLU6))]
+    features: list[nn.Module] = [nn.Sequential(*_conv(3, channels, 3, 2, act=nn.ReLU6))]
     for expansion, out, repeats, first_stride in MOBILENET_V2_STAGES:
         for stride in (first_stride, *[1] * (repeats - 1)):
             inside = None if expansion == 1 else make
@@ -109,7 +109,7 @@ def mobilenext_ca(
     first, second = (make, None) if after == "first" else (None, make)
     width = functools.partial(_width, width_mult)
     channels = width(32)
-    features = [nn.Sequential(*_conv(3, channels, 3, 2, act=nn.ReLU6))]
+    features: list[nn.Module] = [nn.Sequential(*_conv(3, channels, 3, 2, act=nn.ReLU6))]
     for narrowing, published, repeats, first_stride in _MOBILENEXT:
         out = 1280 if published == 1280 and width_mult < 1 else width(published)
         for stride in (first_stride, *[1] * (repeats - 1)):
@@ -138,7 +138,7 @@ def efficientnet_b0_ca(
     make = _maker(attention, reduction)
     width = functools.partial(_width, width_mult)
     channels = width(32)
-    features = [nn.Sequential(*_conv(3, channels, 3, 2, act=nn.SiLU))]
+    features: list[nn.Module] = [nn.Sequential(*_conv(3, channels, 3, 2, act=nn.SiLU))]
     for expansion, out, repeats, first_stride, kernel in _EFFICIENTNET_B0:
         for stride in (first_stride, *[1] * (repeats - 1)):
             features.append(_inverted(channels, expansion, width(out), kernel, stride, nn.SiLU, make))

@@ -1,5 +1,7 @@
 """CoordAtt: the drop-in module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ class CoordAtt(nn.Module):
 
     inp, oup: channels of x and of the gates, whose product the result is: equal, or one of them 1.
     reduction: the squeezed width is max(8, inp // reduction), or mid_channels where that is given.
-    activation: "hard_swish", "silu", "relu" or "relu6".
+    activation: "hard_swish" or another key of coordatt_fast.reference.ACTIVATIONS ("silu", "relu", ...).
     bias: of the three convolutions.
     skip: adds x to the result.
     inplace: writes the result into x when no gradient is recorded; has no effect otherwise.
@@ -39,8 +41,8 @@ class CoordAtt(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in plan.ACTIVATION_MODULES:
-            names = ", ".join(plan.ACTIVATION_MODULES)
+        if activation not in reference.ACTIVATIONS:
+            names = ", ".join(reference.ACTIVATIONS)
             raise ValueError(f"activation is {activation!r}, expected one of {names}")
         if mid_channels is None:
             if reduction < 1:
@@ -52,7 +54,7 @@ class CoordAtt(nn.Module):
         self.pool_w = nn.AdaptiveAvgPool2d((1, None))
         self.conv1 = nn.Conv2d(inp, mid_channels, kernel_size=1, bias=bias, device=device, dtype=dtype)
         self.bn1 = nn.BatchNorm2d(mid_channels, device=device, dtype=dtype)
-        self.act = plan.ACTIVATION_MODULES[activation]()
+        self.act = reference.ACTIVATIONS[activation].make()
         self.conv_h = nn.Conv2d(mid_channels, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
         self.conv_w = nn.Conv2d(mid_channels, oup, kernel_size=1, bias=bias, device=device, dtype=dtype)
         self.skip = skip
@@ -60,7 +62,7 @@ class CoordAtt(nn.Module):
         self._inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        arguments = plan.arguments(self.__dict__, x)
+        arguments: Any = plan.arguments(self.__dict__, x)
         if type(arguments) is tuple:
             try:
                 return ops.attention(x, *arguments)
@@ -117,8 +119,8 @@ class Scriptable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True).transpose(2, 3)
-        y = self.act(self.bn1(self.conv1(torch.cat([rows, columns], dim=2))))
+        y = self.act(self.bn1(self.conv1(torch.cat([rows, columns], dim=2))))  # type: ignore[operator]
         h = x.size(2)
-        s_h, s_w = self.conv_h(y[:, :, :h]), self.conv_w(y[:, :, h:].transpose(2, 3))
+        s_h, s_w = self.conv_h(y[:, :, :h]), self.conv_w(y[:, :, h:].transpose(2, 3))  # type: ignore[operator]
         out = x * s_w.sigmoid() * s_h.sigmoid()
         return out + x if self.skip else out

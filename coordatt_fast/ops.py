@@ -13,13 +13,13 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from coordatt_fast import library, reference
-from coordatt_fast.backends import INTERPRETED, built_with_cuda, choice, serving
+from coordatt_fast import internals, reference
+from coordatt_fast.backends import INTERPRETED, ROWS, Row, choice, serving
+from coordatt_fast.codes import NEEDS_X, NORM_BATCH, NORM_GIVEN
 
-NORM_NONE, NORM_GIVEN, NORM_BATCH = 0, 1, 2
 _NAMES = tuple(reference.ACTIVATIONS)
 
 _PARAMETERS = (
@@ -74,8 +74,9 @@ def _define_triton() -> torch.library.Library:
 class _Operators:
     """One backend's operators, ready to call."""
 
-    def __init__(self, name, namespace):
-        self.name, self.packets = name, namespace
+    def __init__(self, name: str, row: Row, namespace=None):
+        self.name, self.row = name, row
+        self.packets = namespace = namespace or getattr(torch.ops, row.namespace)
         self.attend, self.attend_out = namespace.attend.default, namespace.attend_out.default
         self.train, self.backward = namespace.attend_train.default, namespace.attend_backward.default
         self.train_update, self.update = (
@@ -86,21 +87,21 @@ class _Operators:
         self.gate, self.gate_backward = namespace.gate.default, namespace.gate_backward.default
 
 
-LOADED = library.load().loaded
 _triton_library = _define_triton()
-_triton = _Operators("triton", torch.ops.coordatt_fast_triton)
-_cpu = _Operators("cpu", torch.ops.coordatt_fast) if LOADED else None
-# The same operators, by dispatch.
-_cuda = _Operators("cuda", torch.ops.coordatt_fast) if built_with_cuda() else None
+# Triton's are defined whether it can be imported or not.
+_OPERATORS = {
+    name: _Operators(name, row) for name, row in ROWS.items() if name == "triton" or row.missing() is None
+}
+_cpu = _OPERATORS.get("cpu")
 
 
 def operators(x) -> _Operators:
     """What computes a call on x that plan.obstacle lets through."""
-    if x.is_cpu and not (INTERPRETED and choice.name == "triton"):
+    if x.is_cpu and not INTERPRETED:
         return _cpu
     device = x.device
     served, _ = serving(choice.name, device.type, device.index, is_long(x))
-    return _cuda if served == "cuda" else _triton
+    return _OPERATORS[served]
 
 
 def is_long(x) -> bool:
@@ -111,13 +112,12 @@ def is_long(x) -> bool:
 
 def cuda_forward_way(x, mid: int, training: bool) -> str:
     """How the CUDA kernels go forward: "chain" of launches, or one launch: "cluster:K", "resident"."""
-    return _cuda.packets.cuda_forward_way(x, mid, training)
+    return operators(x).packets.cuda_forward_way(x, mid, training)
 
 
 _is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_in_functorch = torch._C._are_functorch_transforms_active
+_is_compiling = internals.is_compiling
+_BelowAutograd = internals.BelowAutograd
 
 
 def _below_autograd():
@@ -168,7 +168,7 @@ def _any_requires_grad(weights):
 
 def _attend_into(ops, out, x, weights, activation, skip):
     compiling = _is_compiling()
-    if not compiling and torch._debug_has_internal_overlap(out) == 1:
+    if not compiling and internals.shares_memory(out):
         raise RuntimeError(f"out (x, if in place) has elements that share memory: strides {out.stride()}")
     ops.attend_out(x, *weights, activation, skip, out)
     if not compiling and not out.is_inference():
@@ -218,8 +218,7 @@ class _Attend(Function):
         return None, *_attention_gradients(ctx, grad, ctx.needs_input_grad[1:]), None, None, None
 
 
-# Without Function.apply's look for functorch's wrappers (5 us): plan.py sends those to the reference.
-_apply = super(Function, _Attend).apply
+_apply = internals.apply_of(_Attend)
 
 
 def _keep(ctx, x, weights, settings, results):
@@ -266,7 +265,7 @@ def _is_observed():
     """Whether a backward pass is itself differentiated or transformed: then it runs through the reference."""
     if _is_compiling():
         return False
-    return _is_grad_enabled() or _in_functorch() or forward_ad._current_level >= 0
+    return _is_grad_enabled() or internals.in_transform()
 
 
 def _reference_gradients(function, inputs, needed, grad):
@@ -424,7 +423,7 @@ def _fake_attend_backward(
     m, c = w1.shape[0], x.shape[1]
     first, last = (m, c, 1, 1), (c, m, 1, 1)
     like = ((w1, first), (w1, m), (scale, m), (scale, m), (wh, last), (wh, c), (ww, last), (ww, c))
-    dx = _map_like(x) if needs & 1 else x.new_empty(0)
+    dx = _map_like(x) if needs & NEEDS_X else x.new_empty(0)
     return dx, *(t.new_empty(size if needs >> bit & 1 else 0) for bit, (t, size) in enumerate(like, start=1))
 
 
@@ -442,7 +441,7 @@ def _fake_gate_backward(grad, x, s_h, s_w, skip):
 def _checked(op, fake):
     """fake for tensors on one device; RuntimeError for others, and so for all calls that reach it with meta
     tensors beside real ones: the dispatcher goes by the meta ones, and nothing would be computed."""
-    names = [argument.name for argument in op._schema.arguments]
+    names = internals.argument_names(op)
 
     def call(*args, **kwargs):
         first = None
@@ -495,6 +494,6 @@ def _register(ops: _Operators) -> None:
     register_flop_formula(packets.attend_backward)(_backward_flops)
 
 
-_register(_triton)
-if _cpu:
-    _register(_cpu)
+# Once a namespace: the compiled library's backends have the same operators.
+for _made in {ops.row.namespace: ops for ops in _OPERATORS.values()}.values():
+    _register(_made)

@@ -1,53 +1,43 @@
 """Which tier and backend a call takes, and why."""
 
-import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import (
     AdaptiveAvgPool2d,
     BatchNorm2d,
     Conv2d,
-    Hardswish,
     Identity,
     Module,
     Parameter,
-    ReLU,
-    ReLU6,
-    SiLU,
     SyncBatchNorm,
 )
-from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
-from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
-from torch.nn.modules.module import _global_forward_hooks as _hooks
-from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 from torch.nn.utils import parametrize
 
-from coordatt_fast import checks, library, ops
-from coordatt_fast.backends import AUTO, choice, serving
-from coordatt_fast.ops import NORM_BATCH, NORM_GIVEN, NORM_NONE
+from coordatt_fast import checks, internals, ops
+from coordatt_fast.backends import AUTO, SERVED_BY_CPU, choice, serving
+from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN, NORM_NONE
+from coordatt_fast.internals import global_backward_hooks as _backward_hooks
+from coordatt_fast.internals import global_backward_pre_hooks as _backward_pre_hooks
+from coordatt_fast.internals import global_forward_hooks as _hooks
+from coordatt_fast.internals import global_forward_pre_hooks as _pre_hooks
 from coordatt_fast.reference import ACTIVATIONS
 
 FUSED, HYBRID, REFERENCE, ORIGINAL = "fused", "hybrid", "reference", "original"
 
 BATCH_NORMS = (BatchNorm2d, SyncBatchNorm)
 CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
-ACTIVATION_MODULES = {"hard_swish": Hardswish, "silu": SiLU, "relu": ReLU, "relu6": ReLU6}
-CODES = {ACTIVATION_MODULES[name]: code for code, name in enumerate(ACTIVATIONS)}
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 _PLAIN = frozenset((Tensor, Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
 
-is_compiling = torch.compiler.is_compiling
+is_compiling = internals.is_compiling
+_not_ordinary = internals.not_ordinary
 _is_autocast_enabled = torch.is_autocast_enabled
-_in_functorch = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
 _float32 = torch.float32
 
 
@@ -58,34 +48,22 @@ class Detour(NamedTuple):
     reason: str
 
 
-class Passes(NamedTuple):
-    """Reads and writes of tensors as large as the feature map."""
-
-    reads: int
-    writes: int
+def _settings(module: Module) -> dict:
+    d = module.__dict__
+    return {name: d[name] for name in d if not name.startswith("_") and name not in ("training", "inplace")}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one call of a CoordAtt runs.
+_MADE = [activation.make() for activation in ACTIVATIONS.values()]
+# Of those whose class is one function; the others are for activation_code to tell.
+_CODES = {type(made): code for code, made in enumerate(_MADE) if not _settings(made)}
 
-    tier: "fused", "hybrid" or "reference"; "original" where the module runs a forward that is not ours.
-    backend: "cpu", "cuda", "triton" or "reference".
-    reason: in words.
-    passes: over full-size tensors, "forward" and, where a gradient is recorded, "backward"; for "original"
-    those of plain PyTorch.
-    bytes: what these passes move for this x.
-    """
 
-    tier: str
-    backend: str
-    reason: str
-    passes: dict[str, Passes]
-    bytes: int
-
-    def __str__(self) -> str:
-        passes = ", ".join(f"{name} {p.reads} reads and {p.writes} writes" for name, p in self.passes.items())
-        return f"{self.tier} tier, {self.backend} backend: {self.reason}\n{passes}; {self.bytes / 1e6:.3g} MB"
+def activation_code(child: Module) -> int | None:
+    """The operators' code for this child; None where no kernel computes it."""
+    for code, made in enumerate(_MADE):
+        if type(child) is type(made) and _settings(child) == _settings(made):
+            return code
+    return None
 
 
 def obstacle(x) -> str | None:
@@ -94,41 +72,26 @@ def obstacle(x) -> str | None:
     Raises what plain PyTorch does for an x that is no feature map, and RuntimeError when a backend was chosen
     by name and cannot serve the call.
     """
+    why: str | None
     if type(x) not in _PLAIN:
         checks.not_a_map(x)
         why = f"x is a {type(x).__name__}, not a plain tensor"
-    elif _in_functorch():
-        why = "inside a torch.func transform"
-    elif forward_ad._current_level >= 0:
-        why = "forward-mode AD"
-    # torch.compiler.is_exporting() is true in every compiled call of torch 2.11.
-    elif torch.compiler._is_exporting_flag if is_compiling() else _tracing_state() is not None:
-        why = "the call is exported or traced"
-    else:
+    elif (why := _not_ordinary()) is None:
         shape = x.shape
         if len(shape) != 4 or shape[2] == 0 or shape[3] == 0:
             checks.map_size(x)
         if x.dtype is not _float32 and x.dtype not in _DTYPES:
             raise NotImplementedError(f"x is {x.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
         name = choice.name
-        if x.is_cpu and ops.LOADED and (name == AUTO or name == "cpu"):
+        if x.is_cpu and name in SERVED_BY_CPU:
             return None
-        why = _backend_obstacle(name, x)
-        if why is None:
+        device = x.device
+        served, why = serving(name, device.type, device.index, ops.is_long(x))
+        if served is not None:
             return None
     if choice.name not in (AUTO, "reference"):
         raise RuntimeError(f"backend {choice.name!r} was chosen but cannot run this call: {why}")
     return why
-
-
-def _backend_obstacle(name: str, x) -> str | None:
-    """Why the backend of this name, or under auto every backend, cannot take x."""
-    kind = x.device.type
-    if name == "reference":
-        return "this backend was chosen"
-    if name == "cpu" or (name == AUTO and kind == "cpu"):
-        return library.load().reason if kind == "cpu" else f"it takes CPU tensors, x is on {kind}"
-    return serving(name, kind, x.device.index, ops.is_long(x))[1] or None
 
 
 def dtype_obstacle(x: Tensor, tensors: tuple, names: tuple) -> str | None:
@@ -224,9 +187,9 @@ def special_pools(children: dict) -> bool:
 
 def check_plain(children: dict, x: Tensor) -> None:
     """Raises as checks.parameters does, where no child can have a say in shapes and dtypes."""
-    found = [children.get(name) for name in CHILDREN]
+    found: list[Any] = [children.get(name) for name in CHILDREN]
     _, _, conv1, bn1, act, conv_h, conv_w = found
-    if not is_eager(x) or any(map(observed, found)) or type(act) not in CODES:
+    if not is_eager(x) or any(map(observed, found)) or activation_code(act) is None:
         return
     if not all(type(conv) is Conv2d and pointwise(conv.__dict__) for conv in (conv1, conv_h, conv_w)):
         return
@@ -243,7 +206,7 @@ def check_plain(children: dict, x: Tensor) -> None:
 
 def is_eager(x) -> bool:
     """Whether x is an ordinary tensor in an ordinary call, so that its sizes may be looked at."""
-    return type(x) in _PLAIN and not is_compiling() and _tracing_state() is None
+    return type(x) in _PLAIN and not is_compiling() and internals.tracing_state() is None
 
 
 def autocast(x: Tensor) -> bool:
@@ -370,15 +333,15 @@ def arguments(settings: dict, x) -> tuple | Detour:
             norm = NORM_BATCH if training or mean is None else NORM_GIVEN
             update = training and d["track_running_stats"]
             if training and type(bn1) is SyncBatchNorm and (group := _process_group(d)) is not None:
-                if ops.operators(x).name != "cpu":
+                if not ops.operators(x).row.joined:
                     return Detour(HYBRID, "bn1 is a SyncBatchNorm over processes: no kernels but the cpu's")
         elif type(bn1) is Identity:
             gamma = beta = mean = var = tracked = momentum = None
             eps, norm, update = 0.0, NORM_NONE, False
         else:
             return Detour(HYBRID, f"bn1 is a {type(bn1).__name__}")
-        activation = CODES.get(type(act))
-        if activation is None:
+        activation = _CODES.get(type(act))
+        if activation is None and (activation := activation_code(act)) is None:
             return Detour(HYBRID, f"no kernel for the activation {type(act).__name__}")
     except KeyError as missing:
         return Detour(HYBRID, _why_missing(missing, children))
@@ -404,141 +367,3 @@ def arguments(settings: dict, x) -> tuple | Detour:
     weights = (w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw)
     out = x if settings.get("_inplace") else None
     return weights, norm, activation, settings["skip"], tracked, momentum, update, group, out
-
-
-def _passes(tier: str, pools: bool, skip: bool) -> dict[str, Passes]:
-    """Of the dispatched operators; docs/how-it-works.md derives them."""
-    if tier == FUSED:
-        return {"forward": Passes(2, 1), "backward": Passes(3, 1)}
-    reads, writes, back_reads, back_writes = (2, 1, 5, 3) if tier == HYBRID else (4, 2, 12, 8)
-    if tier == HYBRID and pools:
-        reads, writes, back_reads, back_writes = 3, 1, 7, 5
-    if tier not in (FUSED, HYBRID) and skip:
-        reads, writes, back_reads, back_writes = reads + 2, writes + 1, back_reads + 2, back_writes + 1
-    return {"forward": Passes(reads, writes), "backward": Passes(back_reads, back_writes)}
-
-
-def _counted(passes: dict[str, Passes], mid: int, x: Tensor) -> dict[str, Passes]:
-    """The same passes as the Triton kernels' launches for x make them; without dx backward is one pass."""
-    from coordatt_fast.kernels import entries, traffic
-
-    nhwc = x.stride(1) == 1 and x.shape[1] > 1
-    found = entries.by_operator(x.shape, mid, x.dtype, nhwc, needs=510 | x.requires_grad)
-    counted, size = {}, x.numel() * x.element_size()
-    for name, operator in (("forward", "attend"), ("backward", "attend_backward")):
-        if name in passes:
-            full, _ = traffic.bytes_moved(found[operator])
-            counted[name] = Passes(full.read // size, full.written // size)
-    return counted
-
-
-def _foreign_forward(module: Module) -> str | None:
-    """Why a call of the module runs another forward than this package's; None when it does not."""
-    forward, own = type(module).forward, module.__dict__.get("forward")
-    if own is not None and (getattr(own, "__self__", None), getattr(own, "__func__", None)) != (
-        module,
-        forward,
-    ):
-        return "its forward was replaced on the instance"
-    ours = getattr(forward, "__module__", None) or ""
-    if ours.partition(".")[0] != __name__.partition(".")[0] or hasattr(forward, "__wrapped__"):
-        return f"{type(module).__name__} has a forward of its own, in place of this package's or around it"
-    return None
-
-
-def _around(module: Module) -> str:
-    """What else takes part in a call of the module, for the reason."""
-    parts = []
-    if module._forward_pre_hooks:
-        parts.append("; its forward pre-hooks may hand it another x")
-    if module._forward_hooks:
-        parts.append("; its forward hooks may return something else")
-    return "".join(parts)
-
-
-def _refuse(children: dict, x: Tensor, found: tuple | Detour, checked: bool) -> None:
-    """Raises what a call by these children would raise for x, as far as that is certain without computing.
-
-    checked: whether the call checks its tensors before PyTorch does, which takes wrong ones without images.
-    """
-    if checked:
-        check_plain(children, x)
-    if not is_eager(x):
-        return
-    if x.layout is not torch.strided:
-        raise NotImplementedError(f"x has the layout {x.layout}, expected torch.strided")
-    if not checked and x.numel():
-        check_plain(children, x)
-    conv1 = children.get("conv1")
-    if type(conv1) is Conv2d and not (_pre_hooks or conv1._forward_pre_hooks or "forward" in conv1.__dict__):
-        if not special_pools(children):
-            checks.convolution(x, conv1.weight, "conv1.weight", conv1.groups, autocast(x))
-    inplace = type(found) is tuple and found[-1] is not None
-    if inplace and not torch.is_grad_enabled() and torch._debug_has_internal_overlap(x) == 1:
-        shared = f"x has elements that share memory: strides {x.stride()}"
-        raise RuntimeError(f"{shared}; inplace=True writes into it")
-
-
-def explain(module: Module, x: Tensor) -> Plan:
-    """How module(x) would run now: in this grad mode, under this autocast and use_backend. Computes nothing.
-
-    module is a CoordAtt or was accelerated (TypeError otherwise). Raises what the call itself would raise
-    before computing, and for an x that its first convolution does not take. Hooks are not run, and what an
-    accelerated module's own forward raises (tier "original") is not foreseen.
-    """
-    if isinstance(module, Module) and any(map(parametrize.is_parametrized, module.modules())):
-        # Looking at a parametrized weight computes it, which may draw random numbers and change buffers.
-        with torch.random.fork_rng(devices=()):
-            return _explain(copy.deepcopy(module), x)
-    return _explain(module, x)
-
-
-def _explain(module: Module, x: Tensor) -> Plan:
-    kept = getattr(module, "__dict__", {}).get("_coordatt_fast")
-    accelerated = None if kept is None else kept.wiring
-    foreign = _foreign_forward(module) if isinstance(module, Module) else None
-    if accelerated is not None:
-        skip, pools = accelerated.skip, False
-        found = Detour(ORIGINAL, foreign) if foreign else accelerated.arguments(module, x, accelerated.codes)
-    elif (
-        isinstance(module, Module)
-        and set(CHILDREN) <= module._modules.keys()
-        and "_inplace" in module.__dict__
-    ):
-        skip, pools = module.skip, special_pools(module._modules)
-        found = Detour(ORIGINAL, foreign) if foreign else arguments(module.__dict__, x)
-    else:
-        name = f"{type(module).__module__}.{type(module).__name__}"
-        raise TypeError(f"explain takes a coordatt_fast.CoordAtt or an accelerated module, got a {name}")
-    if type(found) is tuple:
-        tier, reason = FUSED, "every child is what the fused kernels compute"
-        if found[-2] is not None:
-            processes = torch.distributed.get_world_size(found[-2])
-            reason = f"{reason}; batch statistics of {processes} processes"
-    else:
-        tier, reason = found
-    if tier != ORIGINAL:
-        if accelerated is None:
-            _refuse(module._modules, x, found, checked=True)
-        elif tier == FUSED or accelerated.chain[:1] == (accelerated.conv1,):
-            _refuse(accelerated.children(module), x, found, checked=tier == FUSED)
-    passes = _passes(tier, pools, skip)
-    if not (
-        torch.is_grad_enabled()
-        and (getattr(x, "requires_grad", False) or any(p.requires_grad for p in module.parameters()))
-    ):
-        del passes["backward"]
-    elif tier != ORIGINAL and x.is_inference():
-        raise RuntimeError("x was made in inference mode and cannot be saved for backward: clone it")
-    backend = ops.operators(x).name if tier in (FUSED, HYBRID) else REFERENCE
-    if tier == FUSED and x.numel():
-        if backend == "triton":
-            passes = _counted(passes, found[0][0].shape[0], x)
-        elif backend == "cuda" and not x.is_meta:
-            training = "backward" in passes or found[1] == NORM_BATCH
-            way = ops.cuda_forward_way(x, found[0][0].shape[0], training)
-            reason = f"{reason}; forward by {way}"
-            passes["forward"] = passes["forward"] if way == "chain" else Passes(1, 1)
-    size = x.numel() * x.element_size() if isinstance(x, Tensor) else 0
-    moved = sum(p.reads + p.writes for p in passes.values()) * size
-    return Plan(tier, backend, reason + _around(module), passes, moved)

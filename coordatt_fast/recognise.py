@@ -293,12 +293,14 @@ def _match(module, codes, twin, x, out, calls, order, norms) -> Wiring:
     if act is not None:
         leaf = find(twin, act)
         kind = _activation_kind(leaf)
-        act_type = None if type(leaf) in plan.CODES else type(leaf)
+        act_type = None if plan.activation_code(leaf) is not None else type(leaf)
     found, pooled = [], reference.pool(x)
     for conv_h, conv_w in (gates, gates[::-1]):
         for tail in (None,) if act is not None else (None, *reference.ACTIVATIONS):
-            parts = (squeeze, norm, act, conv_h, conv_w)
-            wiring = Wiring(*parts, chain, tail, tail or kind, act_type, False, None, (), (), (), True)
+            wiring = Wiring(
+                conv1=squeeze, bn1=norm, act=act, conv_h=conv_h, conv_w=conv_w, chain=chain,
+                tail=tail, activation=tail or kind, act_type=act_type,
+            )  # fmt: skip
             with torch.no_grad():
                 plain = wiring.gated(twin, x, wiring.chained(twin, pooled), fast=False)
             found.append((off_by(plain, out), wiring))
@@ -353,9 +355,9 @@ def _activation_kind(leaf: nn.Module) -> str | None:
     """Which of the kernels' activations leaf computes, with its gradient, in both modes; None for others."""
     grid = torch.cat([torch.linspace(-9, 9, 361, dtype=torch.float64), torch.tensor([-60.0, 60.0]).double()])
     grid = grid.reshape(1, 1, -1, 1) + 1e-3
-    for name, function in reference.ACTIVATIONS.items():
+    for name, activation in reference.ACTIVATIONS.items():
         pairs = []
-        for call in (leaf.eval(), leaf.train(), function):
+        for call in (leaf.eval(), leaf.train(), activation.function):
             x = grid.clone().requires_grad_()
             y = call(x * 1)
             pairs.append((y.detach(), *torch.autograd.grad(y.sum(), x)))

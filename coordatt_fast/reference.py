@@ -5,12 +5,32 @@ section 3.2. x is [N, C, H, W]; M is the squeezed width. All of it differentiate
 torch.func and exports with dynamic batch and map sizes (the pools are means, not AdaptiveAvgPool2d).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-# The order is the integer code of each activation in the compiled ops.
-ACTIVATIONS = {"hard_swish": F.hardswish, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
+
+class Activation(NamedTuple):
+    """An activation that every backend computes.
+
+    function: on tensors. make: the module of torch.nn that is the same; one of its class with other settings
+    (inplace aside) is another function.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    make: Callable[[], nn.Module]
+
+
+# By name; the order is the integer code of each in the operators. CONTRIBUTING.md: where else a new one goes.
+ACTIVATIONS = {
+    "hard_swish": Activation(F.hardswish, nn.Hardswish),
+    "silu": Activation(F.silu, nn.SiLU),
+    "relu": Activation(F.relu, nn.ReLU),
+    "relu6": Activation(F.relu6, nn.ReLU6),
+}
 
 
 def pool(x: Tensor) -> Tensor:
@@ -65,5 +85,5 @@ def coord_att(
         u = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
     else:
         u = z
-    y_h, y_w = split(ACTIVATIONS[activation](u), x)
+    y_h, y_w = split(ACTIVATIONS[activation].function(u), x)
     return gate(x, F.conv2d(y_h, conv_h_weight, conv_h_bias), F.conv2d(y_w, conv_w_weight, conv_w_bias), skip)

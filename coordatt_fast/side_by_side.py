@@ -4,11 +4,6 @@ What the command line's bench and verify compute; nothing of the package imports
 """
 
 import copy
-import gc
-import itertools
-import random
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from coordatt_fast import interleaved
 
 # In float64 nearly all of rounding is gone: what is left beyond this is another function.
 SAME_FUNCTION = 1e-9
@@ -229,43 +226,10 @@ def pass_of(model: nn.Module, x: Tensor, training: bool, of_x: bool = False) -> 
 def race(
     first: Callable[[], object], second: Callable[[], object], *, rounds: int = 15, limit: float = 20.0
 ) -> Speed:
-    """Measures the two in turn, in shuffled order, for rounds rounds, or fewer (three at least) once limit
-    seconds are over.
-
-    A machine that slows down slows both of a round, so ratios are taken round by round. A round calls each
-    for 5 ms or more, after calls that are not counted.
-    """
-    calls, counts, times = (first, second), [], ([], [])
-
-    def block(index: int) -> float:
-        start = time.perf_counter()
-        for _ in itertools.repeat(None, counts[index]):
-            calls[index]()
-        return time.perf_counter() - start
-
-    order, shuffler = [0, 1], random.Random(0)
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        began = time.perf_counter()
-        for index in order:
-            counts.append(1)
-            block(index)
-            while (took := block(index)) < 0.005:
-                counts[index] *= max(2, min(100, int(0.006 / max(took, 1e-7))))
-        for done in range(rounds):
-            if done >= 3 and time.perf_counter() - began > limit:
-                break
-            shuffler.shuffle(order)
-            for index in order:
-                if len(times[index]) == 0 or times[index][-1] < 0.25:
-                    block(index)  # the other's data is in the caches
-                times[index].append(block(index) / counts[index])
-    finally:
-        if collecting:
-            gc.enable()
-    ratios = sorted(a / b for a, b in zip(*times))
-    low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.1, 0.9))
-    medians = [statistics.median(values) for values in times]
-    return Speed(*medians, statistics.median(ratios), low, high, len(ratios))
+    """Measures the two in turn for rounds rounds, or fewer (three at least) once limit seconds are over."""
+    timed = interleaved.race(
+        {"first": interleaved.Local(first), "second": interleaved.Local(second)}, rounds=rounds, limit=limit
+    )
+    ratio, count = timed.speedup("second", over="first"), len(timed.rounds["first"])
+    medians = [timed.seconds(name).median for name in ("first", "second")]
+    return Speed(*medians, ratio.median, ratio.p10, ratio.p90, count)

@@ -15,7 +15,7 @@ Path = tuple[str, ...]
 # Stand in for what a foreign module does in its forward or under another name; never called.
 _POOL_H, _POOL_W = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveAvgPool2d((1, None))
 _NO_NORM = nn.Identity()
-_ACTIVATIONS = {name: cls() for name, cls in plan.ACTIVATION_MODULES.items()}
+_ACTIVATIONS = {name: activation.make() for name, activation in reference.ACTIVATIONS.items()}
 
 
 class Watch(NamedTuple):
@@ -86,12 +86,12 @@ class Wiring(NamedTuple):
     tail: str | None
     activation: str | None
     act_type: type | None
-    skip: bool
-    size: tuple[int | None, int | None] | None
-    strict: tuple[Watch, ...]
-    soft: tuple[Watch, ...]
-    codes: tuple[Code, ...]
-    as_published: bool
+    skip: bool = False
+    size: tuple[int | None, int | None] | None = None
+    strict: tuple[Watch, ...] = ()
+    soft: tuple[Watch, ...] = ()
+    codes: tuple[Code, ...] = ()
+    as_published: bool = True
 
     def children(self, module: nn.Module) -> dict[str, nn.Module]:
         """The parts under CoordAtt's names, with stand-ins for what is no child. KeyError for one that is
@@ -186,7 +186,7 @@ class Wiring(NamedTuple):
         for path in self.chain:
             child = find(module, path)
             y = child(plan.laid_out(child, y, fast))
-        return y if self.tail is None else reference.ACTIVATIONS[self.tail](y)
+        return y if self.tail is None else reference.ACTIVATIONS[self.tail].function(y)
 
     def by_parts(self, module: nn.Module, pooled: Tensor) -> Tensor:
         """The same as the fused tier computes them, in plain PyTorch: for the proof that it may."""
@@ -194,7 +194,7 @@ class Wiring(NamedTuple):
         if self.bn1 is not None:
             y = find(module, self.bn1)(y)
         if self.activation is not None:
-            return reference.ACTIVATIONS[self.activation](y)
+            return reference.ACTIVATIONS[self.activation].function(y)
         return y if self.act is None else find(module, self.act)(y)
 
 

@@ -1,6 +1,6 @@
 // What the bindings of every backend share, on the libtorch stable ABI: checks of what the kernels take for granted,
 // tensors turned into the structs of coordatt.h, the fused operators, and all schemas. Only this file, library.cpp and
-// cuda/bindings.cpp see torch.
+// the backends' bindings.cpp see torch.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -174,7 +174,7 @@ class Parameters {
 
 inline Call call_of(const Tensor& x, int64_t norm, int64_t activation, bool skip) {
   check_map(x, "x");
-  CHECK(norm >= 0 && norm <= 2, "norm must be 0, 1 or 2, got ", norm);
+  CHECK(norm >= (int64_t)Norm::none && norm <= (int64_t)Norm::batch, "norm must be 0, 1 or 2, got ", norm);
   CHECK(activation >= 0 && activation < activations, "activation must be 0 to ", activations - 1, ", got ", activation);
   Call call;
   call.shape = {x.size(0), x.size(1), x.size(2), x.size(3), 0};
@@ -298,16 +298,16 @@ struct MadeGradients {
 
   MadeGradients(BackwardArgs& args, const Tensor& x, Tensor (*empty_map)(const Tensor&, bool), int64_t needs, const Tensor& w1,
                 const MaybeTensor& bn, const Tensor& wh, const Tensor& ww)
-      : dx(needs & 1 ? empty_map(x, args.nhwc) : empty1(x, 0, x.scalar_type())),
-        conv1_weight(weight(needs >> 1 & 1, args.shape.m, args.shape.c, w1, args.out.conv1_weight)),
-        conv1_bias(vector(needs >> 2 & 1, args.shape.m, w1, args.out.conv1_bias)),
-        bn_weight(vector(needs >> 3 & 1, args.shape.m, bn ? *bn : w1, args.out.bn_weight)),
-        bn_bias(vector(needs >> 4 & 1, args.shape.m, bn ? *bn : w1, args.out.bn_bias)),
-        conv_h_weight(weight(needs >> 5 & 1, args.shape.c, args.shape.m, wh, args.out.conv_h_weight)),
-        conv_h_bias(vector(needs >> 6 & 1, args.shape.c, wh, args.out.conv_h_bias)),
-        conv_w_weight(weight(needs >> 7 & 1, args.shape.c, args.shape.m, ww, args.out.conv_w_weight)),
-        conv_w_bias(vector(needs >> 8 & 1, args.shape.c, ww, args.out.conv_w_bias)) {
-    if (needs & 1) args.out.dx = map_of(dx, args.nhwc);
+      : dx(needs & need_x ? empty_map(x, args.nhwc) : empty1(x, 0, x.scalar_type())),
+        conv1_weight(weight(needs & need_conv1_weight, args.shape.m, args.shape.c, w1, args.out.conv1_weight)),
+        conv1_bias(vector(needs & need_conv1_bias, args.shape.m, w1, args.out.conv1_bias)),
+        bn_weight(vector(needs & need_bn_weight, args.shape.m, bn ? *bn : w1, args.out.bn_weight)),
+        bn_bias(vector(needs & need_bn_bias, args.shape.m, bn ? *bn : w1, args.out.bn_bias)),
+        conv_h_weight(weight(needs & need_conv_h_weight, args.shape.c, args.shape.m, wh, args.out.conv_h_weight)),
+        conv_h_bias(vector(needs & need_conv_h_bias, args.shape.c, wh, args.out.conv_h_bias)),
+        conv_w_weight(weight(needs & need_conv_w_weight, args.shape.c, args.shape.m, ww, args.out.conv_w_weight)),
+        conv_w_bias(vector(needs & need_conv_w_bias, args.shape.c, ww, args.out.conv_w_bias)) {
+    if (needs & need_x) args.out.dx = map_of(dx, args.nhwc);
   }
 
   static Tensor vector(bool wanted, int64_t size, const Tensor& like, Param& to) {
@@ -352,7 +352,7 @@ template <class Backend> struct Fused {
                     MaybeTensor& made_out) {
     CHECK(tensors.bn_mean.has_value() == tensors.bn_var.has_value(), "bn_mean and bn_var go together");
     ForwardArgs args{};
-    (Call&)args = call_of(x, tensors.bn_mean ? 1 : 0, activation, skip);
+    (Call&)args = call_of(x, (int64_t)(tensors.bn_mean ? Norm::given : Norm::none), activation, skip);
     Parameters params(x);
     set_params(args, tensors, params);
     Tensor in = native(x, args.nhwc);
@@ -398,10 +398,10 @@ template <class Backend> struct Fused {
   static Trained attend_train_update(const Tensor& x, FORWARD_PARAMETERS, int64_t norm, int64_t activation, bool skip,
                                      const MaybeTensor& running_mean, const MaybeTensor& running_var,
                                      const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
-    CHECK(norm == 2 || !(running_mean || running_var || num_batches_tracked),
-          "running statistics move under batch statistics (norm 2) only");
     ForwardArgs args{};
     (Call&)args = call_of(x, norm, activation, skip);
+    CHECK(args.norm == Norm::batch || !(running_mean || running_var || num_batches_tracked),
+          "running statistics move under batch statistics (norm 2) only");
     Parameters params(x);
     set_params(args, FORWARD_TENSORS, params);
     const Shape& s = args.shape;
@@ -410,10 +410,10 @@ template <class Backend> struct Fused {
     Tensor pooled = empty2(x, s.rows(), s.c, acc), squeezed = empty2(x, s.rows(), s.m, acc);
     Tensor gates = empty2(x, s.rows(), s.c, acc), mean = empty1(x, s.m, acc), var = empty1(x, s.m, acc);
     RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, args.dtype);
-    if (norm == 1 && !x.numel()) {
+    if (args.norm == Norm::given && !x.numel()) {
       torch::stable::copy_(mean, *bn_mean);
       torch::stable::copy_(var, *bn_var);
-    } else if (norm == 0 || !x.numel()) {
+    } else if (args.norm == Norm::none || !x.numel()) {
       torch::stable::fill_(mean, 0);
       torch::stable::fill_(var, 1);
     }

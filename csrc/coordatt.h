@@ -7,8 +7,20 @@ namespace coordatt {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 enum class Activation : int { hard_swish = 0, silu = 1, relu = 2, relu6 = 3 };
-constexpr int activations = 4;
+constexpr int activations = (int)Activation::relu6 + 1;  // the last one's
 enum class Norm : int { none = 0, given = 1, batch = 2 };
+// The gradients that attend_backward is asked for: a bit for each of its results, in their order.
+enum Need : int64_t {
+  need_x = 1 << 0,
+  need_conv1_weight = 1 << 1,
+  need_conv1_bias = 1 << 2,
+  need_bn_weight = 1 << 3,
+  need_bn_bias = 1 << 4,
+  need_conv_h_weight = 1 << 5,
+  need_conv_h_bias = 1 << 6,
+  need_conv_w_weight = 1 << 7,
+  need_conv_w_bias = 1 << 8,
+};
 
 // The feature map's sizes; M is the width of the squeezed middle.
 struct Shape {

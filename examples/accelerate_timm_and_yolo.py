@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import coordatt_fast
 from bench import photos
-from bench.timing import Local, Race, race
+from coordatt_fast.interleaved import Local, Race, race
 from coordatt_fast.side_by_side import Difference, differences, pass_of
 from examples.third_party import timm_network, yolov8n
 

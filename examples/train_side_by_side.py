@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import coordatt_fast
 from bench.attention import PlainCoordAtt
-from bench.timing import Spread
+from coordatt_fast.interleaved import Spread
 from examples.scenes import CLASSES, dataset, small_network
 
 matplotlib.use("Agg")

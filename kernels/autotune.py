@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import triton
 
-from coordatt_fast.backends import INTERPRETED
+from coordatt_fast.codes import NEEDS_ALL, NORM_BATCH
 
 from . import tables
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _wanted = os.environ.get("COORDATT_FAST_AUTOTUNE", "").strip()
 if _wanted not in ("", "0", "1"):
     log.warning("COORDATT_FAST_AUTOTUNE=%s has no effect: expected 0 or 1", _wanted)
-ON = _wanted == "1" and not INTERPRETED
+ON = _wanted == "1" and not triton.knobs.runtime.interpret
 _found, _lock, _trial = {}, threading.Lock(), threading.local()  # _trial.bc: what this thread is timing
 
 
@@ -83,7 +83,8 @@ def step_of(shape, m, dtype, device, nhwc):
 
     def step():
         launch.attend(x, w1, v, v, v, v, v, 1e-5, w2, b2, w2, b2, 0, False)
-        _, *saved = launch.attend_train(x, w1, v, v, v, None, None, 1e-5, w2, b2, w2, b2, 2, 0, False)
-        launch.attend_backward(grad, x, *saved, w1, v, v, 1e-5, w2, w2, 2, 0, False, 511)
+        layers = (w1, v, v, v, None, None, 1e-5, w2, b2, w2, b2)
+        _, *saved = launch.attend_train(x, *layers, NORM_BATCH, 0, False)
+        launch.attend_backward(grad, x, *saved, w1, v, v, 1e-5, w2, w2, NORM_BATCH, 0, False, NEEDS_ALL)
 
     return step

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-NONE, GIVEN, BATCH = 0, 1, 2
+from coordatt_fast.codes import NORM_BATCH, NORM_NONE
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -60,7 +60,7 @@ def parameters(x, m, w1, b1, gamma, beta, mean, var, wh, bh, ww, bw):
 
 
 def epsilon(eps: float, norm: int) -> None:
-    if (eps < 0 and norm != NONE) or (eps == 0 and norm == BATCH):
+    if (eps < 0 and norm != NORM_NONE) or (eps == 0 and norm == NORM_BATCH):
         wanted = "a positive number, or zero beside given statistics"
         raise RuntimeError(f"coordatt_fast: eps is {eps}, expected {wanted}")
 
@@ -93,7 +93,7 @@ def saved(t: Tensor, count: int, dtype, device, name: str) -> None:
 
 
 def logits(x, s_h, s_w):
-    """Strides of the logits: image, channel, line of each."""
+    """Steps of the logits by the kernels' names: image, channel, line of each."""
     n, c, h, w = x.shape
     if tuple(s_h.shape) != (n, c, h, 1) or tuple(s_w.shape) != (n, c, 1, w):
         raise RuntimeError("coordatt_fast: s_h must be [N, C, H, 1] and s_w [N, C, 1, W]")
@@ -103,4 +103,8 @@ def logits(x, s_h, s_w):
         raise RuntimeError("coordatt_fast: logits must be float64 exactly where x is")
     memory(s_h, "s_h")
     memory(s_w, "s_w")
-    return (*s_h.stride()[:3], *s_w.stride()[:2], s_w.stride(3))
+    (h_image, h_channel, h_line, _), (w_image, w_channel, _, w_line) = s_h.stride(), s_w.stride()
+    return dict(
+        h_image=h_image, h_channel=h_channel, h_line=h_line,
+        w_image=w_image, w_channel=w_channel, w_line=w_line,
+    )  # fmt: skip

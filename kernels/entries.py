@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from coordatt_fast.codes import NEEDS_ALL, NORM_BATCH, NORM_GIVEN
+
 from . import launch
 
 _POINTERS = {
@@ -36,7 +38,9 @@ class Entry(NamedTuple):
 def _entry(kernel, programs, arguments, constants) -> Entry:
     fn = getattr(kernel, "fn", kernel) if not hasattr(kernel, "arg_names") else kernel
     names = list(kernel.arg_names)
-    given = dict(zip(names, arguments)) | constants
+    if names[: len(arguments)] != list(arguments._fields):
+        raise TypeError(f"{fn.__name__} takes {names[: len(arguments)]}, is given {arguments._fields}")
+    given = arguments._asdict() | constants
     signature, constexprs, attrs = {}, {}, {}
     for i, name in enumerate(names):
         value = given[name]
@@ -77,13 +81,13 @@ def record(into: list[Entry]):
 
 
 def by_operator(
-    shape, mid: int, dtype: torch.dtype, nhwc: bool = False, norm: int = 2, activation: int = 0,
-    skip: bool = False, param_dtype: torch.dtype | None = None, needs: int = 511,
+    shape, mid: int, dtype: torch.dtype, nhwc: bool = False, norm: int = NORM_BATCH, activation: int = 0,
+    skip: bool = False, param_dtype: torch.dtype | None = None, needs: int = NEEDS_ALL,
 ) -> dict[str, list[Entry]]:  # fmt: skip
     """The launches of every operator of launch, by its name, for a map of this shape [N, C, H, W].
 
-    mid is M; norm (0, 1, 2) and activation are the operators' codes; under norm 2 inference takes
-    given statistics. needs: what attend_backward is asked for.
+    mid is M; norm and activation are the operators' codes; under NORM_BATCH inference takes given statistics.
+    needs: what attend_backward is asked for.
     """
     n, c, h, w = shape
 
@@ -96,7 +100,7 @@ def by_operator(
     first = (make(mid, c, 1, 1), make(mid), *((make(mid), make(mid)) if norm else (None, None)))
     given = (make(mid), make(mid)) if norm else (None, None)
     last = (1e-5, make(c, mid, 1, 1), make(c), make(c, mid, 1, 1), make(c))
-    batch = given if norm == 1 else (None, None)
+    batch = given if norm == NORM_GIVEN else (None, None)
     found = {}
 
     def call(name, *arguments):
@@ -105,7 +109,7 @@ def by_operator(
 
     call("attend", x, *first, *given, *last, activation, skip)
     results = call("attend_train", x, *first, *batch, *last, norm, activation, skip)
-    if norm == 2:
+    if norm == NORM_BATCH:
         moved = (*given, make(dtype=torch.int64))
         call("attend_train_update", x, *first, *batch, *last, norm, activation, skip, *moved, 0.1)
         call("update_running_stats", *moved, results[2], *results[4:], 0.1)

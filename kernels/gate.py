@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from .mix import (
+    BATCH,
+    GIVEN,
     activate,
     add_partials,
     affine,
@@ -57,10 +59,10 @@ def open_lines(
 
 @triton.jit
 def gate_kernel(
-    x_ptr, out_ptr, gates_ptr, z_ptr, stats_ptr, saved_mean_ptr, saved_var_ptr,
+    x_ptr, out_ptr, gates_ptr, z_ptr,
     b1_ptr, gamma_ptr, beta_ptr, mean_ptr, var_ptr, eps: tl.float64, wh_ptr, bh_ptr, ww_ptr, bw_ptr,
+    x_image, out_image, rows, stats_ptr, saved_mean_ptr, saved_var_ptr, blocks_of_rows,
     running_mean_ptr, running_var_ptr, tracked_ptr, momentum: tl.float64, mean_step, var_step,
-    x_image, out_image, rows, blocks_of_rows,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, M: tl.constexpr,
     XC: tl.constexpr, XW: tl.constexpr, OC: tl.constexpr, OW: tl.constexpr, GC: tl.constexpr,
     GL: tl.constexpr,
@@ -71,7 +73,7 @@ def gate_kernel(
 ):  # fmt: skip
     """The gates of a block of channels, into gates (small tensors), then its planes.
 
-    z: pool's parts [N * L, BLOCKS, M], or with TRAIN stats_kernel's squeezed [N * L, M]. Under NORM 2 the
+    z: pool's parts [N * L, BLOCKS, M], or with TRAIN stats_kernel's squeezed [N * L, M]. Batch
     statistics come from its blocks of SIZE rows. With TRAIN the first program writes mean and variance.
     """
     pid = tl.program_id(0)
@@ -79,7 +81,7 @@ def gate_kernel(
     n, _, c0 = own(tl.num_programs(0) - 1 - pid, C, BC)
     gates_ptr += n * (C * (H + W)) + c0 * GC
     m = tl.arange(0, MP)
-    if NORM == 2:
+    if NORM == BATCH:
         mean, var = batch_statistics(stats_ptr, rows, blocks_of_rows, SIZE, M, MP, NBP, ACC)
         mean, _, scale, shift = affine(mean, var, gamma_ptr, beta_ptr, eps, M, MP, ACC)
         if pid == 0:
@@ -95,7 +97,7 @@ def gate_kernel(
         if TRAIN:
             if pid == 0:
                 var = tl.zeros([MP], ACC) + 1.0
-                if NORM == 1:
+                if NORM == GIVEN:
                     var = tl.load(var_ptr + m, mask=m < M, other=1.0).to(ACC)
                 tl.store(saved_mean_ptr + m, mean, mask=m < M)
                 tl.store(saved_var_ptr + m, var, mask=m < M)

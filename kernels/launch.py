@@ -11,10 +11,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, checks, mix, mix_backward, tables
+from coordatt_fast import codes
+
+from . import arguments, autotune, checks, mix, mix_backward, tables
 from . import gate as gate_pass
 from . import pool as pool_pass
-from .checks import BATCH, GIVEN, NONE, accumulate_dtype
+from .checks import accumulate_dtype
 
 WIDE_FROM = 2**31  # offsets within an image from here on take 64 bits
 _ACC = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), tl.float32) | {torch.float64: tl.float64}
@@ -41,17 +43,18 @@ class Constants(dict):
         return self.variants[key]
 
 
-def _run(kernel, programs: int, arguments: tuple, constants: Constants) -> None:
-    kind = tuple([(a.data_ptr() & 15, a.dtype) if isinstance(a, Tensor) else a for a in arguments])
+def _run(kernel, programs: int, given: tuple, constants: Constants) -> None:
+    """Launches kernel; given: its class of arguments.py."""
+    kind = tuple([(a.data_ptr() & 15, a.dtype) if isinstance(a, Tensor) else a for a in given])
     compiled = constants.compiled.get(kind)
     if compiled is not None:
-        compiled[programs, 1, 1](*arguments, *constants.values)
+        compiled[programs, 1, 1](*given, *constants.values)
         return
-    compiled = kernel[programs,](*arguments, **constants, **OPTIONS)
+    compiled = kernel[programs,](*given, **constants, **OPTIONS)
     if compiled is not None:  # the interpreter compiles nothing
         if len(constants.compiled) >= 64:
             constants.compiled.clear()
-        constants.values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        constants.values = tuple(constants[name] for name in kernel.arg_names[len(given) :])
         constants.compiled[kind] = compiled
 
 
@@ -210,7 +213,7 @@ def _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
     w1, b1, gamma, beta, mean, var, wh, bh, ww, bw = parameters
     xn, layout = _native(x)
     out, out_layout = _made_of(x, layout, skip) if out is None else _native(out, layout.nhwc)
-    norm = NONE if mean is None else GIVEN
+    norm = codes.NORM_NONE if mean is None else codes.NORM_GIVEN
     checks.epsilon(eps, norm)
     if x.numel() == 0:
         return out
@@ -222,12 +225,17 @@ def _infer(x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, activation, s
         BLOCKS=blocks, SIZE=1, TRAIN=False, UPDATE=False, NORM=norm, ACT=activation, SKIP=skip
     )
     with _on(x):
-        _run(pool_pass.pool_kernel, n * blocks, (xn, small, w1, partial, xn.stride(0)), k["pool"])
-        arguments = (
-            xn, out, small, partial, None, None, None, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw,
-            None, None, None, 0.0, 0, 0, xn.stride(0), out.stride(0), rows, 1,
+        pooling = arguments.Pool(
+            x_ptr=xn, means_ptr=small, w1_ptr=w1, partial_ptr=partial, x_image=xn.stride(0)
+        )
+        _run(pool_pass.pool_kernel, n * blocks, pooling, k["pool"])
+        gating = arguments.Gate(
+            x_ptr=xn, out_ptr=out, gates_ptr=small, z_ptr=partial,
+            b1_ptr=b1, gamma_ptr=gamma, beta_ptr=beta, mean_ptr=mean, var_ptr=var, eps=eps,
+            wh_ptr=wh, bh_ptr=bh, ww_ptr=ww, bw_ptr=bw,
+            x_image=xn.stride(0), out_image=out.stride(0), rows=rows,
         )  # fmt: skip
-        _run(gate_pass.gate_kernel, n * blocks, arguments, constants)
+        _run(gate_pass.gate_kernel, n * blocks, gating, constants)
     return out
 
 
@@ -241,9 +249,9 @@ def attend_train_update(
     x, w1, b1, gamma, beta, mean, var, eps, wh, bh, ww, bw, norm, activation, skip,
     running_mean, running_var, num_batches_tracked, momentum,
 ):  # fmt: skip
-    if norm == GIVEN and (mean is None or var is None):
+    if norm == codes.NORM_GIVEN and (mean is None or var is None):
         raise RuntimeError("coordatt_fast: norm 1 needs bn_mean and bn_var")
-    if norm != GIVEN:
+    if norm != codes.NORM_GIVEN:
         mean = var = None
     n, c, h, w = x.shape
     m, rows, acc = checks.width(w1), n * (h + w), accumulate_dtype(x.dtype)
@@ -256,31 +264,41 @@ def attend_train_update(
     checks.epsilon(eps, norm)
     xn, layout = _native(x)
     out, out_layout = _made_of(x, layout, skip)
-    if update and norm != BATCH:
+    if update and norm != codes.NORM_BATCH:
         raise RuntimeError("coordatt_fast: running statistics move under batch statistics (norm 2) only")
     if x.numel() == 0:
-        saved_mean.copy_(mean) if norm == GIVEN else saved_mean.zero_()
-        saved_var.copy_(var) if norm == GIVEN else saved_var.fill_(1)
+        saved_mean.copy_(mean) if norm == codes.NORM_GIVEN else saved_mean.zero_()
+        saved_var.copy_(var) if norm == codes.NORM_GIVEN else saved_var.fill_(1)
         if update:
             update_running_stats(*running, squeezed, saved_mean, saved_var, momentum)
         return out, means, squeezed, gates, saved_mean, saved_var
     s, blocks, k = _constants(x, m, layout, out_layout)
     tiles, row_blocks = tables.row_blocks(rows, s.RB, s.NBP)
     partial, stats = x.new_empty(rows * blocks * m, dtype=acc), x.new_empty(row_blocks * 2 * m, dtype=acc)
-    cumulative, momentum, *steps = checks.running(*running, saved_mean, momentum)
+    cumulative, momentum, mean_step, var_step = checks.running(*running, saved_mean, momentum)
     constants = k["gate"].plus(
         BLOCKS=1, SIZE=tiles * s.RB, TRAIN=True, UPDATE=1 + cumulative if update else 0, NORM=norm,
         ACT=activation, SKIP=skip,
     )  # fmt: skip
     with _on(x):
-        _run(pool_pass.pool_kernel, n * blocks, (xn, means, w1, partial, xn.stride(0)), k["pool"])
-        arguments = (partial, b1, squeezed, stats, rows)
-        _run(mix.stats_kernel, row_blocks, arguments, k["rows"].plus(TILES=tiles, NORM=norm))
-        arguments = (
-            xn, out, gates, squeezed, stats, saved_mean, saved_var, b1, gamma, beta, mean, var, eps,
-            wh, bh, ww, bw, *running, momentum, *steps, xn.stride(0), out.stride(0), rows, row_blocks,
+        pooling = arguments.Pool(
+            x_ptr=xn, means_ptr=means, w1_ptr=w1, partial_ptr=partial, x_image=xn.stride(0)
+        )
+        _run(pool_pass.pool_kernel, n * blocks, pooling, k["pool"])
+        adding = arguments.Stats(
+            partial_ptr=partial, b1_ptr=b1, squeezed_ptr=squeezed, stats_ptr=stats, rows=rows
+        )
+        _run(mix.stats_kernel, row_blocks, adding, k["rows"].plus(TILES=tiles, NORM=norm))
+        gating = arguments.Gate(
+            x_ptr=xn, out_ptr=out, gates_ptr=gates, z_ptr=squeezed,
+            b1_ptr=b1, gamma_ptr=gamma, beta_ptr=beta, mean_ptr=mean, var_ptr=var, eps=eps,
+            wh_ptr=wh, bh_ptr=bh, ww_ptr=ww, bw_ptr=bw,
+            x_image=xn.stride(0), out_image=out.stride(0), rows=rows,
+            stats_ptr=stats, saved_mean_ptr=saved_mean, saved_var_ptr=saved_var, blocks_of_rows=row_blocks,
+            running_mean_ptr=running_mean, running_var_ptr=running_var, tracked_ptr=num_batches_tracked,
+            momentum=momentum, mean_step=mean_step, var_step=var_step,
         )  # fmt: skip
-        _run(gate_pass.gate_kernel, n * blocks, arguments, constants)
+        _run(gate_pass.gate_kernel, n * blocks, gating, constants)
     return out, means, squeezed, gates, saved_mean, saved_var
 
 
@@ -289,10 +307,15 @@ def update_running_stats(running_mean, running_var, num_batches_tracked, squeeze
     for name, t in (("mean", mean), ("var", var)):
         checks.saved(t, m, accumulate_dtype(mean.dtype), squeezed.device, name)
     running = (running_mean, running_var, num_batches_tracked)
-    cumulative, momentum, *steps = checks.running(*running, mean, momentum)
+    cumulative, momentum, mean_step, var_step = checks.running(*running, mean, momentum)
     constants = _update_constants(m, cumulative, mean.dtype, mean.device)
     with _on(mean):
-        _run(mix.update_kernel, 1, (*running, mean, var, rows, momentum, *steps), constants)
+        moving = arguments.Update(
+            running_mean_ptr=running_mean, running_var_ptr=running_var, tracked_ptr=num_batches_tracked,
+            mean_ptr=mean, var_ptr=var, rows=rows,
+            momentum=momentum, mean_step=mean_step, var_step=var_step,
+        )  # fmt: skip
+        _run(mix.update_kernel, 1, moving, constants)
 
 
 @functools.lru_cache(maxsize=512)
@@ -321,7 +344,7 @@ def attend_backward(
     bn = w1 if gamma is None else gamma
     first, last = (m, c, 1, 1), (c, m, 1, 1)
     like = ((w1, first), (w1, m), (bn, m), (bn, m), (wh, last), (wh, c), (ww, last), (ww, c))
-    dx = _fresh(x, layout)[0] if needs & 1 else x.new_empty(0)
+    dx = _fresh(x, layout)[0] if needs & codes.NEEDS_X else x.new_empty(0)
     found = [
         t.new_empty(size if needs >> bit & 1 else 0) for bit, (t, size) in enumerate(like, start=1)
     ]
@@ -337,43 +360,55 @@ def attend_backward(
         x.new_empty(size, dtype=acc) for size in (rows * c, rows * blocks * m, rows * m, row_blocks * 2 * m)
     )
     dw1, db1, dgamma, dbeta, dwh, dbh, dww, dbw = (t if t.numel() else None for t in found)
-    statistics = (mean, var, gamma)
+    statistics = dict(mean_ptr=mean, var_ptr=var, gamma_ptr=gamma, eps=eps)
     with _on(x):
-        arguments = (g, xn, gates, ds, wh, ww, partial, g.stride(0), xn.stride(0))
-        _run(gate_pass.reduce_kernel, planes, arguments, k["reduce"])
+        reducing = arguments.Reduce(
+            g_ptr=g, x_ptr=xn, gates_ptr=gates, ds_ptr=ds, wh_ptr=wh, ww_ptr=ww, partial_ptr=partial,
+            g_image=g.stride(0), x_image=xn.stride(0),
+        )  # fmt: skip
+        _run(gate_pass.reduce_kernel, planes, reducing, k["reduce"])
 
-        arguments = (partial, squeezed, du, sums, *statistics, beta, eps, rows)
+        mixing = arguments.MixBackward(
+            partial_ptr=partial, squeezed_ptr=squeezed, du_ptr=du, sums_ptr=sums,
+            **statistics, beta_ptr=beta, rows=rows,
+        )  # fmt: skip
         constants = k["rows"].plus(TILES=tiles, NORM=norm, ACT=activation)
-        _run(mix_backward.mix_backward_kernel, row_blocks, arguments, constants)
+        _run(mix_backward.mix_backward_kernel, row_blocks, mixing, constants)
 
         parts, splits, most = None, (0, 0, 0), 0
-        if needs >> 1:
+        if needs & codes.NEEDS_PARAMETERS:
             kb_tiles = tables.weight_tiles(rows, s.KB)
             per = kb_tiles * s.KB
-            wanted = (needs >> 5 & 3, needs >> 7 & 3, needs >> 1 & 1)
-            splits = tuple(
-                math.ceil(count / per) if want else 0 for count, want in zip((n * h, n * w, rows), wanted)
-            )
+            lines = {codes.NEEDS_CONV_H: n * h, codes.NEEDS_CONV_W: n * w, codes.NEEDS_CONV1_WEIGHT: rows}
+            splits = tuple(math.ceil(count / per) if needs & kind else 0 for kind, count in lines.items())
             if max(splits) > 1:
                 most = tables.power(max(splits))
                 parts = x.new_empty(sum(splits) * c * (m + 1), dtype=acc)
-            arguments = (ds, pooled, du, squeezed, sums, *statistics, beta, eps)
-            arguments += (parts, dwh, dbh, dww, dbw, dw1, db1, dgamma, dbeta)
-            arguments += (n, rows, row_blocks, *splits)
+            weighing = arguments.Weights(
+                ds_ptr=ds, means_ptr=pooled, du_ptr=du, squeezed_ptr=squeezed, sums_ptr=sums,
+                **statistics, beta_ptr=beta, parts_ptr=parts, dwh_ptr=dwh, dbh_ptr=dbh,
+                dww_ptr=dww, dbw_ptr=dbw, dw1_ptr=dw1, db1_ptr=db1, dgamma_ptr=dgamma, dbeta_ptr=dbeta,
+                images=n, rows=rows, blocks_of_rows=row_blocks,
+                splits_h=splits[0], splits_w=splits[1], splits_1=splits[2],
+            )  # fmt: skip
             constants = k["weights"].plus(TILES=kb_tiles, SPLIT=most > 0, NORM=norm, ACT=activation)
             programs = max(1, sum(splits)) * math.ceil(c / s.WC)
-            _run(mix_backward.weights_kernel, programs, arguments, constants)
+            _run(mix_backward.weights_kernel, programs, weighing, constants)
 
-        if needs & 1 or most:
+        if needs & codes.NEEDS_X or most:
             # ds has been used up: its memory takes dp.
-            steps = _layout_of(dx.shape, dx.stride(), layout.nhwc).steps if needs & 1 else (1, 1)
+            steps = _layout_of(dx.shape, dx.stride(), layout.nhwc).steps if needs & codes.NEEDS_X else (1, 1)
             constants = k["spread"].plus(DXC=steps[0], DXW=steps[1], SPLITS=most, NORM=norm, SKIP=skip)
-            planes = planes if needs & 1 else 0
+            planes = planes if needs & codes.NEEDS_X else 0
             sums_of_parts = 3 * math.ceil(c * (m + 1) / constants["FB"]) if most else 0
-            arguments = (g, dx if needs & 1 else None, gates, ds, du, squeezed, sums, *statistics, w1, eps)
-            arguments += (parts, dwh, dbh, dww, dbw, dw1, g.stride(0), dx.stride(0), rows, row_blocks)
-            arguments += (planes, *splits)
-            _run(pool_pass.spread_kernel, planes + sums_of_parts, arguments, constants)
+            spreading = arguments.Spread(
+                grad_ptr=g, dx_ptr=dx if needs & codes.NEEDS_X else None, gates_ptr=gates, dp_ptr=ds,
+                du_ptr=du, squeezed_ptr=squeezed, sums_ptr=sums, **statistics, w1_ptr=w1,
+                parts_ptr=parts, dwh_ptr=dwh, dbh_ptr=dbh, dww_ptr=dww, dbw_ptr=dbw, dw1_ptr=dw1,
+                grad_image=g.stride(0), dx_image=dx.stride(0), rows=rows, blocks_of_rows=row_blocks,
+                planes=planes, splits_h=splits[0], splits_w=splits[1], splits_1=splits[2],
+            )  # fmt: skip
+            _run(pool_pass.spread_kernel, planes + sums_of_parts, spreading, constants)
     return dx, *found
 
 
@@ -391,7 +426,10 @@ def pool(x):
     means = x.new_empty_strided(size, strides, dtype=dtype)
     if x.numel():
         with _on(x):
-            _run(pool_pass.pool_kernel, n * blocks, (xn, means, None, None, xn.stride(0)), k["means"])
+            pooling = arguments.Pool(
+                x_ptr=xn, means_ptr=means, w1_ptr=None, partial_ptr=None, x_image=xn.stride(0)
+            )
+            _run(pool_pass.pool_kernel, n * blocks, pooling, k["means"])
     return means if dtype is x.dtype else _as(means, x.dtype, size, strides)
 
 
@@ -409,29 +447,36 @@ def pool_backward(grad, x):
     if x.numel():
         _, blocks, k = _constants(x, 1, layout, layout)
         with _on(x):
-            arguments = (grad, dx, *grad.stride()[:3], dx.stride(0))
-            _run(pool_pass.pool_backward_kernel, n * blocks, arguments, k["means_backward"])
+            grad_image, grad_channel, grad_line, _ = grad.stride()
+            pooling = arguments.PoolBackward(
+                grad_ptr=grad, dx_ptr=dx, grad_image=grad_image, grad_channel=grad_channel,
+                grad_line=grad_line, dx_image=dx.stride(0),
+            )  # fmt: skip
+            _run(pool_pass.pool_backward_kernel, n * blocks, pooling, k["means_backward"])
     return dx
 
 
 def gate(x, s_h, s_w, skip):
     n, c, h, w = x.shape
-    strides = checks.logits(x, s_h, s_w)
+    steps = checks.logits(x, s_h, s_w)
     xn, layout = _native(x)
     out, out_layout = _made_of(x, layout, skip)
     if x.numel():
         _, blocks, k = _constants(x, 1, layout, out_layout)
         gates = x.new_empty(n * (h + w) * c, dtype=accumulate_dtype(x.dtype))
         with _on(x):
-            arguments = (xn, out, gates, s_h, s_w, xn.stride(0), out.stride(0), *strides)
-            _run(gate_pass.gate_logits_kernel, n * blocks, arguments, k["logits"].plus(SKIP=skip))
+            gating = arguments.GateLogits(
+                x_ptr=xn, out_ptr=out, gates_ptr=gates, s_h_ptr=s_h, s_w_ptr=s_w,
+                x_image=xn.stride(0), out_image=out.stride(0), **steps,
+            )  # fmt: skip
+            _run(gate_pass.gate_logits_kernel, n * blocks, gating, k["logits"].plus(SKIP=skip))
     return out
 
 
 def gate_backward(grad, x, s_h, s_w, skip):
     n, c, h, w = x.shape
     checks.like(grad, x, "grad")
-    strides = checks.logits(x, s_h, s_w)
+    steps = checks.logits(x, s_h, s_w)
     xn, layout = _native(x)
     g, g_layout = _native(grad, layout.nhwc)
     dx, dx_layout = _fresh(x, layout)
@@ -440,11 +485,13 @@ def gate_backward(grad, x, s_h, s_w, skip):
     if x.numel():
         _, blocks, k = _constants(x, 1, layout, g_layout)
         gates = x.new_empty(n * length * c, dtype=acc)
-        steps = dx_layout.steps
-        constants = k["logits_backward"].plus(SKIP=skip, OC=steps[0], OW=steps[1])
+        constants = k["logits_backward"].plus(SKIP=skip, OC=dx_layout.steps[0], OW=dx_layout.steps[1])
         with _on(x):
-            arguments = (g, xn, dx, gates, ds, s_h, s_w, g.stride(0), xn.stride(0), dx.stride(0), *strides)
-            _run(gate_pass.gate_backward_kernel, n * blocks, arguments, constants)
+            gating = arguments.GateBackward(
+                g_ptr=g, x_ptr=xn, dx_ptr=dx, gates_ptr=gates, ds_ptr=ds, s_h_ptr=s_h, s_w_ptr=s_w,
+                g_image=g.stride(0), x_image=xn.stride(0), dx_image=dx.stride(0), **steps,
+            )  # fmt: skip
+            _run(gate_pass.gate_backward_kernel, n * blocks, gating, constants)
     ds_h = _as(ds[:, :h].mT.unsqueeze(3), s_h.dtype, (n, c, h, 1), (h * c, 1, c, c))
     ds_w = _as(ds[:, h:].mT.unsqueeze(2), s_w.dtype, (n, c, 1, w), (w * c, 1, w * c, c))
     return dx, ds_h, ds_w

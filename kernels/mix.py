@@ -7,6 +7,12 @@ their own channels; what spans channels or images has kernels here.
 import triton
 import triton.language as tl
 
+from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN, NORM_NONE
+
+NONE, GIVEN, BATCH = tl.constexpr(NORM_NONE), tl.constexpr(NORM_GIVEN), tl.constexpr(NORM_BATCH)
+# In the order of reference.ACTIVATIONS.
+HARD_SWISH, SILU, RELU, RELU6 = map(tl.constexpr, range(4))
+
 
 @triton.jit
 def product(a, b, acc):
@@ -74,15 +80,15 @@ def clamp6(v):
 
 @triton.jit
 def activate(u, ACT: tl.constexpr):
-    """0 hard-swish, 1 silu, 2 relu, 3 relu6; NaN kept, and infinite u gives what PyTorch's kernels give."""
-    if ACT == 0:
+    """NaN kept, and infinite u gives what PyTorch's kernels give."""
+    if ACT == HARD_SWISH:
         y = u * (clamp6(u + 3.0) / 6.0)
-    elif ACT == 1:
+    elif ACT == SILU:
         y = u * sigmoid(u)
-    elif ACT == 2:
+    elif ACT == RELU:
         y = tl.where(u < 0.0, 0.0, u)
     else:
-        tl.static_assert(ACT == 3, "no such activation")
+        tl.static_assert(ACT == RELU6, "no such activation")
         y = clamp6(u)
     return y
 
@@ -91,17 +97,17 @@ def activate(u, ACT: tl.constexpr):
 def activate_backward(u, dy, ACT: tl.constexpr):
     """dy times the slope. Where that is zero by a comparison the result is selected, as in PyTorch's kernels:
     NaN or infinity times zero would be NaN."""
-    if ACT == 0:
+    if ACT == HARD_SWISH:
         slope = tl.where(u >= 3.0, 0.0, u / 6.0)
         du = dy * (slope + clamp6(u + 3.0) / 6.0)
         du = tl.where(u <= -3.0, 0.0, du)
-    elif ACT == 1:
+    elif ACT == SILU:
         s = sigmoid(u)
         du = dy * (s * (1.0 + u * (1.0 - s)))
-    elif ACT == 2:
+    elif ACT == RELU:
         du = tl.where(u <= 0.0, 0.0, dy)
     else:
-        tl.static_assert(ACT == 3, "no such activation")
+        tl.static_assert(ACT == RELU6, "no such activation")
         du = tl.where(u <= 0.0, 0.0, dy)
         du = tl.where(u >= 6.0, 0.0, du)
     return du
@@ -126,13 +132,13 @@ def normalisation(
     mean_ptr, var_ptr, gamma_ptr, beta_ptr, eps,
     M: tl.constexpr, MP: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """affine() from given statistics; the identity for NORM 0."""
+    """affine() from given statistics; the identity where NORM is NONE."""
     m = tl.arange(0, MP)
     mean = tl.zeros([MP], ACC)
     inv = mean + 1.0
     scale = inv
     shift = mean
-    if NORM != 0:
+    if NORM != NONE:
         mean = tl.load(mean_ptr + m, mask=m < M, other=0.0).to(ACC)
         var = tl.load(var_ptr + m, mask=m < M, other=1.0).to(ACC)
         mean, inv, scale, shift = affine(mean, var, gamma_ptr, beta_ptr, eps, M, MP, ACC)
@@ -170,8 +176,8 @@ def stats_kernel(
     M: tl.constexpr, BLOCKS: tl.constexpr, LB: tl.constexpr, TILES: tl.constexpr, MP: tl.constexpr,
     NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """squeezed [rows, M] from its parts; under NORM 2 mean and squared deviations of each block of TILES * LB
-    rows, stats [blocks, 2, M]."""
+    """squeezed [rows, M] from its parts; for batch statistics mean and squared deviations of each block
+    of TILES * LB rows, stats [blocks, 2, M]."""
     block = tl.program_id(0)
     m = tl.arange(0, MP)
     first = block.to(tl.int64) * (TILES * LB)
@@ -187,7 +193,7 @@ def stats_kernel(
         mask = on[:, None] & (m < M)[None, :]
         z = add_partials(partial_ptr, line, on, BLOCKS, M, LB, MP, ACC) + bias[None, :]
         tl.store(squeezed_ptr + line[:, None] * M + m[None, :], z, mask=mask)
-        if NORM == 2:
+        if NORM == BATCH:
             # Chan's formula joins the tile with the rows before it.
             before = tl.zeros([MP], ACC) + tile * LB
             count = tl.sum(tl.zeros([LB, MP], ACC) + tl.where(on, 1.0, 0.0)[:, None], 0)
@@ -203,7 +209,7 @@ def stats_kernel(
             # An infinite mean stays what it is.
             moved = tl.where(mean - mean == 0.0, mean + delta * share, mean + tile_mean)
             mean = tl.where(count > 0, moved, mean)
-    if NORM == 2:
+    if NORM == BATCH:
         at = stats_ptr + block * (2 * M) + m
         tl.store(at, mean, mask=m < M)
         tl.store(at + M, deviation, mask=m < M)

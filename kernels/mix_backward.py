@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .mix import activate, activate_backward, add_partials, normalisation, product
+from .mix import BATCH, activate, activate_backward, add_partials, normalisation, product
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def gradient_sums(
 def dz_of(du, z, mean, inv, scale, sum_du, sum_dev, rows, NORM: tl.constexpr):
     """The gradient of the squeezed rows z [.., MP]; batch statistics move with them."""
     dz = du
-    if NORM == 2:
+    if NORM == BATCH:
         count = tl.zeros_like(sum_du) + rows
         along = inv * inv * (sum_dev / count)
         dz = du - (sum_du / count)[None, :] - (z - mean[None, :]) * along[None, :]
@@ -92,7 +92,7 @@ def weights_kernel(
         if dbeta_ptr is not None:
             tl.store(dbeta_ptr + m, sum_du, mask=m < M)
         if db1_ptr is not None:
-            if NORM == 2:  # the mean takes any shift out again: exactly zero
+            if NORM == BATCH:  # the mean takes any shift out again: exactly zero
                 tl.store(db1_ptr + m, tl.zeros([MP], ACC), mask=m < M)
             else:
                 tl.store(db1_ptr + m, sum_du * scale, mask=m < M)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN, NORM_NONE
+
 from .entries import Entry
 
 _MAPS = ("x_ptr", "g_ptr", "grad_ptr", "out_ptr", "dx_ptr")
@@ -54,7 +56,7 @@ def _small(a) -> SimpleNamespace:
 
 
 def _normalisation(t: _Tally, a, programs: int) -> None:
-    if a.NORM != 0:
+    if a.NORM != NORM_NONE:
         t.read(programs * a.M, "mean_ptr", "var_ptr", "gamma_ptr", "beta_ptr")
 
 
@@ -119,7 +121,7 @@ def _pool(t: _Tally, a) -> None:
 
 
 def _gate(t: _Tally, a) -> None:
-    if a.NORM == 2:
+    if a.NORM == NORM_BATCH:
         _blocks_of_rows(t, a, a.programs, "stats_ptr")
         t.read(a.programs * a.M, "gamma_ptr", "beta_ptr")
         if a.UPDATE > 0:
@@ -128,7 +130,7 @@ def _gate(t: _Tally, a) -> None:
         _normalisation(t, a, a.programs)
     if a.TRAIN:
         t.write(a.M, "saved_mean_ptr", "saved_var_ptr")
-        t.read(a.M if a.NORM == 1 else 0, "var_ptr")
+        t.read(a.M if a.NORM == NORM_GIVEN else 0, "var_ptr")
     else:
         t.read(a.programs * a.M, "b1_ptr")
     t.read(a.programs * (a.H + a.W) * a.BLOCKS * a.M, "z_ptr")
@@ -158,7 +160,7 @@ def _stats(t: _Tally, a) -> None:
     t.read(a.rows * a.BLOCKS * a.M, "partial_ptr")
     t.read(a.programs * a.M, "b1_ptr")
     t.write(a.rows * a.M, "squeezed_ptr")
-    t.write(a.programs * 2 * a.M if a.NORM == 2 else 0, "stats_ptr")
+    t.write(a.programs * 2 * a.M if a.NORM == NORM_BATCH else 0, "stats_ptr")
 
 
 def _update(t: _Tally, a) -> None:

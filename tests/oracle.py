@@ -71,7 +71,7 @@ def run(x, params, grad, *, norm, activation, skip, eps=1e-5):
     """
     eps = REAL(eps)
     xs, g = _real(x), _real(grad)
-    n, c, height, width = xs.shape
+    n, _, height, width = xs.shape
     w1, wh, ww = (_real(params[k + ".weight"])[:, :, 0, 0] for k in ("conv1", "conv_h", "conv_w"))
     b1, bh, bw = (_real(params.get(k + ".bias")) for k in ("conv1", "conv_h", "conv_w"))
     gamma, beta = _real(params.get("bn1.weight")), _real(params.get("bn1.bias"))
@@ -103,40 +103,44 @@ def run(x, params, grad, *, norm, activation, skip, eps=1e-5):
     if norm == "batch":
         results["batch_mean"], results["batch_var"] = mean, var * rows / (rows - 1)
     if g is not None:
-        results.update(_backward(locals()))
+        results.update(
+            _backward(
+                g, xs, both, a_h, a_w, p, y, slope, zhat, inv, column,
+                weights=(w1, gamma, wh, ww), biased=(b1 is not None, bh is not None), norm=norm, skip=skip,
+            )
+        )  # fmt: skip
     return _tensors(results)
 
 
-def _backward(f):
+def _backward(g, xs, both, a_h, a_w, p, y, slope, zhat, inv, column, *, weights, biased, norm, skip):
     """The lines of the backward pass, from the forward's values."""
-    g, xs, a_h, a_w, y, height, width = (f[k] for k in ("g", "xs", "a_h", "a_w", "y", "height", "width"))
-    column = f["column"]
+    (w1, gamma, wh, ww), (b1, bh), (height, width) = weights, biased, xs.shape[2:]
     ds_h = a_h * (1 - a_h) * (g * xs * a_w[:, :, None, :]).sum(axis=3)
     ds_w = a_w * (1 - a_w) * (g * xs * a_h[:, :, :, None]).sum(axis=2)
     grads = {
         "conv_h.weight": np.einsum("nch,nmh->cm", ds_h, y[:, :, :height])[:, :, None, None],
         "conv_w.weight": np.einsum("ncw,nmw->cm", ds_w, y[:, :, height:])[:, :, None, None],
     }
-    if f["bh"] is not None:
+    if bh:
         grads["conv_h.bias"], grads["conv_w.bias"] = ds_h.sum(axis=(0, 2)), ds_w.sum(axis=(0, 2))
     dy = np.concatenate(
-        [np.einsum("cm,nch->nmh", f["wh"], ds_h), np.einsum("cm,ncw->nmw", f["ww"], ds_w)], axis=2
+        [np.einsum("cm,nch->nmh", wh, ds_h), np.einsum("cm,ncw->nmw", ww, ds_w)], axis=2
     )
-    dz = dy * f["slope"]
-    if f["norm"] != "none":
-        if f["gamma"] is not None:
-            grads["bn1.weight"] = (dz * f["zhat"]).sum(axis=(0, 2))
+    dz = dy * slope
+    if norm != "none":
+        if gamma is not None:
+            grads["bn1.weight"] = (dz * zhat).sum(axis=(0, 2))
             grads["bn1.bias"] = dz.sum(axis=(0, 2))
-            dz = dz * f["gamma"][column]
-        if f["norm"] == "batch":
-            along = (dz * f["zhat"]).mean(axis=(0, 2))
-            dz = dz - dz.mean(axis=(0, 2))[column] - f["zhat"] * along[column]
-        dz = dz * f["inv"][column]
-    grads["conv1.weight"] = np.einsum("nml,ncl->mc", dz, f["p"])[:, :, None, None]
-    if f["b1"] is not None:
-        zero = f["norm"] == "batch"
+            dz = dz * gamma[column]
+        if norm == "batch":
+            along = (dz * zhat).mean(axis=(0, 2))
+            dz = dz - dz.mean(axis=(0, 2))[column] - zhat * along[column]
+        dz = dz * inv[column]
+    grads["conv1.weight"] = np.einsum("nml,ncl->mc", dz, p)[:, :, None, None]
+    if b1:
+        zero = norm == "batch"
         grads["conv1.bias"] = np.zeros(dz.shape[1], dtype=REAL) if zero else dz.sum(axis=(0, 2))
-    dp = np.einsum("mc,nml->ncl", f["w1"], dz)
-    dx = g * f["both"] + dp[:, :, :height, None] / width + dp[:, :, None, height:] / height
-    grads["x"] = dx + g if f["skip"] else dx
+    dp = np.einsum("mc,nml->ncl", w1, dz)
+    dx = g * both + dp[:, :, :height, None] / width + dp[:, :, None, height:] / height
+    grads["x"] = dx + g if skip else dx
     return {"d " + name: value for name, value in grads.items()}

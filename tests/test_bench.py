@@ -15,9 +15,10 @@ if str(ROOT) not in sys.path:
 
 pytest.importorskip("numpy", reason="the benchmark's requirements are not installed")
 
-from bench import checks, instances, networks, report, schedule, timing  # noqa: E402
+from bench import checks, instances, networks, report, schedule  # noqa: E402
 from bench.attention import MeanCoordAtt, PlainCoordAtt, SqueezeExcite, parameter_count  # noqa: E402
 from bench.cases import Case  # noqa: E402
+from coordatt_fast import interleaved  # noqa: E402
 from coordatt_fast.models import mobilenet_v2_ca  # noqa: E402
 
 
@@ -36,28 +37,28 @@ class Scripted:
 
 
 def test_spread_is_median_and_percentiles():
-    assert timing.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == timing.Spread(
+    assert interleaved.Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == interleaved.Spread(
         3.0, pytest.approx(1.4), pytest.approx(4.6)
     )
-    assert timing.Spread.of([7.0]) == timing.Spread(7.0, 7.0, 7.0)
+    assert interleaved.Spread.of([7.0]) == interleaved.Spread(7.0, 7.0, 7.0)
 
 
 def test_speedup_is_taken_round_by_round():
     """A machine that slows down threefold in one round does not move a ratio."""
-    race = timing.Race({"fast": [1.0, 3.0, 1.0], "slow": [4.0, 12.0, 4.0]})
-    assert race.speedup("fast", over="slow") == timing.Spread(4.0, 4.0, 4.0)
+    race = interleaved.Race({"fast": [1.0, 3.0, 1.0], "slow": [4.0, 12.0, 4.0]})
+    assert race.speedup("fast", over="slow") == interleaved.Spread(4.0, 4.0, 4.0)
     assert race.speedup("slow", over="fast").median == 0.25
 
 
 def test_race_fills_blocks_and_interleaves():
     contestants = {"a": Scripted(0.001), "b": Scripted(0.5)}
-    race = timing.race(contestants, rounds=6, block=0.01)
+    race = interleaved.race(contestants, rounds=6, block=0.01)
     assert race.calls["a"] >= 10 and race.calls["b"] == 1
     assert race.rounds == {"a": pytest.approx([0.001] * 6), "b": pytest.approx([0.5] * 6)}
 
 
 def test_race_stops_when_time_is_spent_but_not_before_the_least_rounds():
-    race = timing.race({"a": Scripted(0.001)}, rounds=1000, least_rounds=4, limit=0.0)
+    race = interleaved.race({"a": Scripted(0.001)}, rounds=1000, least_rounds=4, limit=0.0)
     assert len(race.rounds["a"]) == 4
 
 

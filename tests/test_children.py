@@ -13,7 +13,7 @@ from paper import HSwish, PaperCoordAtt
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from coordatt_fast import CoordAtt, accelerate, explain
+from coordatt_fast import CoordAtt, accelerate, explain, plan
 
 CASE = Case((2, 12, 5, 7), 8, dtype=torch.float64)
 CHILDREN = ["pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w"]
@@ -332,6 +332,18 @@ def test_activation_exchanged_for_a_known_one(cpu, act, name):
         for key in expected:
             if key != "d conv1.bias":
                 assert max(tolerances.errors(got[key], expected[key])) < tolerances.FORMULAS_AGREE, key
+
+
+def test_a_known_class_with_other_settings_is_another_activation(cpu, monkeypatch):
+    """As GELU(approximate="tanh") would be beside a GELU that the kernels compute."""
+    monkeypatch.setattr(plan, "_MADE", [*plan._MADE, nn.GELU()])
+    block = CoordAtt(8, 8).eval()
+    for act, code in (
+        (nn.GELU(), 4), (nn.GELU("tanh"), None), (nn.ReLU(inplace=True), 2), (nn.Mish(), None),
+    ):  # fmt: skip
+        block.act = act
+        assert plan.activation_code(act) == code
+        assert explain(block, torch.ones(1, 8, 3, 4)).tier == ("hybrid" if code is None else "fused")
 
 
 def test_act_with_inplace_flag():

@@ -15,7 +15,7 @@ import torch
 from paper import PaperCoordAtt
 
 import coordatt_fast
-from coordatt_fast import side_by_side
+from coordatt_fast import interleaved, side_by_side
 from coordatt_fast.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -502,7 +502,7 @@ class Clock:
 @pytest.mark.parametrize("seconds", [0.5, 0.01, 1e-4])
 def test_race_measures_in_turn(seconds, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(side_by_side.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(interleaved.time, "perf_counter", lambda: clock.now)
     calls = clock.call("first", 4 * seconds), clock.call("second", seconds)
     speed = side_by_side.race(*calls, rounds=20, limit=math.inf)
     assert speed.rounds == 20 and speed.first == pytest.approx(4 * seconds)

@@ -212,7 +212,7 @@ def _step(scene, seed, rank, group):
 def _reasons():
     module = nn.SyncBatchNorm.convert_sync_batchnorm(CoordAtt(16, 16))
     x = torch.zeros(1, 16, 3, 3)
-    with mock.patch.object(ops, "operators", lambda x: ops._triton):
+    with mock.patch.object(ops, "operators", lambda x: ops._OPERATORS["triton"]):
         how = explain(module, x)
     assert how.tier == "hybrid" and "SyncBatchNorm" in how.reason, str(how)
     with pytest.raises(RuntimeError, match="x has 8 channels"):

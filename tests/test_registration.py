@@ -12,6 +12,8 @@ from test_forward import arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
+from coordatt_fast import codes, reference
+
 pytestmark = pytest.mark.usefixtures("cpu")
 
 SHAPE, MID = (2, 12, 5, 7), 8
@@ -30,7 +32,7 @@ def sample(op, case, grad_needed=False):
     a = arguments(p)
     head, tail = a[:6], a[6:]
     front = [d.x, *head, 1e-5, *tail]
-    activation = ["hard_swish", "silu", "relu", "relu6"].index(case.activation)
+    activation = list(reference.ACTIVATIONS).index(case.activation)
     norm = ["none", "running", "batch"].index(case.norm)
     n, c, h, w = case.shape
     if op == "attend":
@@ -47,7 +49,7 @@ def sample(op, case, grad_needed=False):
     saved = ops().attend_train(*front, norm, activation, case.skip)[1:]
     if op == "attend_backward":
         weights = [a[0], a[2], a[3], 1e-5, a[6], a[8]]
-        return (d.grad, d.x, *saved, *weights, norm, activation, case.skip, grad_needed or 0x1FF)
+        return (d.grad, d.x, *saved, *weights, norm, activation, case.skip, grad_needed or codes.NEEDS_ALL)
     if op == "update_running_stats":
         return (*running, saved[1], saved[3], saved[4], 0.1)
     generator = seeds.generator(5)

@@ -11,7 +11,7 @@ template <int COUNT, class A> __device__ __forceinline__ void load_vector(const 
   for (int i = 0; i < COUNT; i += Pack<A>::size) *(Pack<A>*)(to + i) = *(const Pack<A>*)(from + i);
 }
 
-// What a row or column says where that is one number.
+// For functions that take one number from each row and from each column.
 template <class A> struct OneNumber {
   const A* numbers;
   using Line = A;

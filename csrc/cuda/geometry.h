@@ -72,7 +72,7 @@ struct Device {
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Elements of T in 16 bytes, by DType.
+// Bytes of an element.
 inline int bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 inline int acc_bytes_of(DType t) { return t == DType::f64 ? 8 : 4; }
 
@@ -95,7 +95,8 @@ struct Cut {
 constexpr const char* too_long = "the map's lines do not fit into shared memory";
 
 // For passes that walk the map: the kernel keeps that many arrays of lines and streams that many maps. aligned: all maps
-// start at, and (nhwc) have their pixels, multiples of 16 bytes apart. every_block_adds: all groups' parts of the middle.
+// start at a multiple of 16 bytes, and in nhwc so does every pixel. every_block_adds: each block adds up the parts of the
+// middle that all groups of channels have written.
 Cut stream_cut(const Call&, bool aligned, const Device&, int arrays, int sources, bool every_block_adds = false);
 
 // For one launch that keeps x in shared memory: an image's channels over that many blocks, every piece with a stage of

@@ -45,9 +45,9 @@ size_t workspace_bytes(const BackwardArgs&, const Run&);
 // Null, or why maps of this kind are left to others.
 const char* obstacle(const Call&);
 
-// How inference and training go forward: "" the estimated fastest of the ways verified on the device (verified.h), "any" of
-// all; "chain" in separate passes, "cluster:K" (inference) in one over clusters of K blocks, "resident" (training) in one
-// cooperative launch; "chain" where a forced way does not fit. False: no such way.
+// How inference and training go forward. "chain": separate passes. "cluster:K" (inference): one launch over clusters of K
+// blocks. "resident" (training): one cooperative launch. A way that a map does not fit gives way to the chain. "any": of all
+// ways, the one that is estimated the fastest; "": the same among those that verified.h has for the device. False: no such way.
 bool set_forward(const char* way);
 
 // The way that this call would go; saved.gates not null: in training.

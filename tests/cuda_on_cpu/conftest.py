@@ -24,7 +24,7 @@ def module():
     spec = importlib.util.spec_from_file_location("coordatt_cuda_on_cpu", build())
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
-    found.operators = ops._Operators("cuda", torch.ops.coordatt_fast_cuda_on_cpu)
+    found.operators = ops._Operators("cuda", ops.ROWS["cuda"], torch.ops.coordatt_fast_cuda_on_cpu)
     ops._register(found.operators)
     return found
 
@@ -32,12 +32,11 @@ def module():
 @pytest.fixture(scope="module", autouse=True)
 def emulator(module):
     """The emulated kernels in the place of the CPU's."""
-    from coordatt_fast import ops
+    from coordatt_fast import ops, plan
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_cpu", module.operators)
-        patch.setattr(ops, "_cuda", module.operators)
-        patch.setattr(ops, "LOADED", True)
+        patch.setattr(plan, "SERVED_BY_CPU", frozenset(("auto", "cpu")))
         checking.reset(module)
         yield module
 

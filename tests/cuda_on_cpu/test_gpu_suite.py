@@ -197,15 +197,15 @@ def gpu_bench(monkeypatch):
     """The GPU benchmark's contestants on the emulator."""
     pytest.importorskip("numpy", reason="the benchmark's requirements are not installed")
     import coordatt_fast
-    from bench import gpu_ours
+    from bench.gpu import ours
 
     emulated = torch.ops.coordatt_fast_cuda_on_cpu
-    monkeypatch.setattr(gpu_ours, "operators", lambda: emulated)
-    monkeypatch.setattr(gpu_ours, "set_way", checking.emulator.set_forward)
-    monkeypatch.setattr(gpu_ours, "backends", lambda device: {"cuda": "", "triton": "no GPU"})
+    monkeypatch.setattr(ours, "operators", lambda: emulated)
+    monkeypatch.setattr(ours, "set_way", checking.emulator.set_forward)
+    monkeypatch.setattr(ours, "backends", lambda device: {"cuda": "", "triton": "no GPU"})
     monkeypatch.setattr(coordatt_fast, "use_backend", lambda name: contextlib.nullcontext())
     checking.emulator.set_device(arch=90, processors=132, shared_memory=232448)
-    return importlib.import_module("bench.gpu")
+    return importlib.import_module("bench.gpu.__main__")
 
 
 def test_benchmark(gpu_bench, tmp_path, capsys):
@@ -226,10 +226,10 @@ def test_benchmark(gpu_bench, tmp_path, capsys):
 
 
 def test_a_wrong_way_gets_no_time(gpu_bench, tmp_path):
-    from bench import gpu_sanitizer
+    from bench.gpu import sanitizer
 
     emulator = checking.emulator
-    gpu_sanitizer.calls("cpu", ((1, 16, 7, 9),))  # reaches every site
+    sanitizer.calls("cpu", ((1, 16, 7, 9),))  # reaches every site
     emulator.skip(next(i for i, s in enumerate(emulator.sites()) if s.startswith("one_pass.cu")))
     emulator.set_seed(3)
     arguments = ["--device", "cpu", "--quick", "--rounds", "2", "--parts", "ways", "--out", str(tmp_path)]
@@ -238,10 +238,10 @@ def test_a_wrong_way_gets_no_time(gpu_bench, tmp_path):
 
 
 def test_sanitizers_calls(gpu_bench):
-    from bench import gpu_sanitizer
+    from bench.gpu import sanitizer
 
     checking.emulator.launches()
-    made = gpu_sanitizer.calls("cpu", ((2, 16, 14, 14),))
+    made = sanitizer.calls("cpu", ((2, 16, 14, 14),))
     assert sum("float32 nchw cluster" in call for call in made) == 5
     assert sum("resident and backward" in call for call in made) == 3
     launched = set(checking.kernels())

@@ -19,7 +19,7 @@ from coordatt_fast import ops
 spec = importlib.util.spec_from_file_location("coordatt_cuda_on_cpu", sys.argv[2])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-ops._cpu = ops._cuda = ops._Operators("cuda", torch.ops.coordatt_fast_cuda_on_cpu)
+ops._cpu = ops._Operators("cuda", ops.ROWS["cuda"], torch.ops.coordatt_fast_cuda_on_cpu)
 import checking
 from harness import FLOATS, LAYOUTS, Case, data
 checking.reset(module)

@@ -15,7 +15,7 @@ from harness import FLOATS, LAYOUTS
 from on_gpu import SIZES, close, launches, maps, modules, piecewise, same_bits, step
 
 from coordatt_fast import explain, use_backend
-from coordatt_fast.backends import VERIFIED, built_with_cuda, cuda_obstacle
+from coordatt_fast.backends import ROWS, VERIFIED, built_with_cuda
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -49,7 +49,7 @@ def test_auto():
     with use_backend("auto"):
         plan = explain(ours, maps((2, 64, 7, 7), count=1)[0])
     major, minor = torch.cuda.get_device_capability()
-    if not cuda_obstacle("cuda") and ["chain", 10 * major + minor] in built_with_cuda()["verified"]:
+    if not ROWS["cuda"].missing() and ["chain", 10 * major + minor] in built_with_cuda()["verified"]:
         assert plan.backend == "cuda"
     elif "triton" in VERIFIED:
         assert plan.backend == "triton"

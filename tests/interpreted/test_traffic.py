@@ -5,11 +5,11 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from coordatt_fast import CoordAtt, explain
+from coordatt_fast import CoordAtt, codes, explain
 from coordatt_fast.kernels import entries, launch, tables, traffic
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-FIRST, NEEDS_FEW = 1, 0b000100110  # dx; conv1.weight, conv1.bias and conv_h.weight
+FIRST, NEEDS_FEW = codes.NEEDS_X, 0b000100110  # the latter: conv1.weight, conv1.bias and conv_h.weight
 
 
 class Touched:
@@ -46,7 +46,7 @@ def checked(monkeypatch):
 
     def checked_run(kernel, programs, arguments, constants):
         # One memory per argument, so that an address belongs to one name.
-        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        copies = arguments._make(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments)
         entry = entries._entry(kernel, programs, copies, constants)
         touched.append(Touched({k: v for k, v in entry.arguments.items() if isinstance(v, torch.Tensor)}))
         kernel[programs,](*copies, **constants, **launch.OPTIONS)
@@ -72,7 +72,7 @@ def parameters(c, mid, dtype, affine=True):
     )  # fmt: skip
 
 
-def whole(x, mid, norm, affine=True, needs=(511,)):
+def whole(x, mid, norm, affine=True, needs=(codes.NEEDS_ALL,)):
     """Every operator of the fused tier."""
     first, given, last = parameters(x.shape[1], mid, x.dtype, affine)
     launch.attend(x, *first, *(given if norm else (None, None)), *last, 0, False)
@@ -95,7 +95,7 @@ SHAPES = {
 def test_counts_are_exact(shape, layout, checked):
     (n, c, h, w), mid, dtype = SHAPES[shape]
     x = torch.rand(n, c, h, w, dtype=dtype).contiguous(memory_format=FORMATS[layout])
-    whole(x, mid, 2, needs=(511, FIRST, NEEDS_FEW))
+    whole(x, mid, 2, needs=(codes.NEEDS_ALL, FIRST, NEEDS_FEW))
     if shape != "tails":
         splits = [e.arguments["SPLIT"] for e in checked if e.fn.fn.__name__ == "weights_kernel"]
         assert splits[0] == ("split" in shape)

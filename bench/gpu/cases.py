@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench import baselines, checks, gpu_clocks, gpu_ours
+from bench import baselines, checks
 from bench.baselines import OURS
 from bench.cases import Case
-from bench.gpu_ours import Ours
-from bench.timing import Contestant, race
+from bench.gpu import clocks
+from bench.gpu.ours import Ours, chosen, contestants
+from coordatt_fast.interleaved import Contestant, race
 
 COPY = "copy"
 GRAPHED = "-graph"  # suffix of a contestant that is captured and replayed
@@ -87,9 +88,9 @@ class Entry:
 
 
 def entries(case: Case, x: Tensor, names: list[str], triton: bool, result: Result) -> list[Entry]:
-    found, outlines, estimated = gpu_ours.contestants(case, x, triton)
+    found, outlines, estimated = contestants(case, x, triton)
     result.outlines[case.mode], result.estimated[case.mode] = outlines, estimated
-    ours = [Entry(one.name, OURS, partial(gpu_ours.chosen, one), one) for one in found]
+    ours = [Entry(one.name, OURS, partial(chosen, one), one) for one in found]
     result.ours = list(dict.fromkeys([*result.ours, *(entry.name for entry in ours)]))
     return ours + [Entry(name, name) for name in names]
 
@@ -164,13 +165,13 @@ def time_phase(case, phase, entered: dict[str, Call], x, small, rounds, block, r
     """Race the contestants of a phase; small maps also as CUDA graphs, one image also by the host's clock."""
     contestants: dict[str, Contestant] = {}
     for name, call in entered.items():
-        contestants[name] = gpu_clocks.on_device(case.device, call.call, call.around)
+        contestants[name] = clocks.on_device(case.device, call.call, call.around)
         # Backward alone would run on the stream of a forward pass outside the graph.
         if small and phase != "backward" and case.device.startswith("cuda"):
             with left_out(result, f"{name}{GRAPHED} {phase}"):
-                contestants[name + GRAPHED] = gpu_clocks.graphed(call.call, call.around)
+                contestants[name + GRAPHED] = clocks.graphed(call.call, call.around)
     out = torch.empty_like(x)
-    contestants[COPY] = gpu_clocks.on_device(case.device, partial(out.copy_, x), torch.inference_mode)
+    contestants[COPY] = clocks.on_device(case.device, partial(out.copy_, x), torch.inference_mode)
     timed = race(contestants, rounds=rounds, block=block)
     result.seconds[phase] = {name: asdict(timed.seconds(name)) for name in contestants}
     ours = [name for name in contestants if name in result.ours]
@@ -184,6 +185,6 @@ def time_phase(case, phase, entered: dict[str, Call], x, small, rounds, block, r
     }
     result.copy_bandwidth = 2 * case.output_bytes / timed.seconds(COPY).median
     if case.shape[0] == 1:
-        hosts = {n: gpu_clocks.on_host(case.device, c.call, c.around) for n, c in entered.items()}
+        hosts = {n: clocks.on_host(case.device, c.call, c.around) for n, c in entered.items()}
         timed = race(hosts, rounds=rounds, block=block)
         result.host[phase] = {name: asdict(timed.seconds(name)) for name in hosts}

@@ -28,10 +28,11 @@ import torch
 import torch._functorch.config
 
 import coordatt_fast
-from bench import gpu_cases, gpu_ours, gpu_report, gpu_sanitizer, gpu_tests, gpu_traffic, machine
+from bench import machine
 from bench.baselines import local
 from bench.cases import LAYOUTS, Case
-from bench.gpu_ours import Ours
+from bench.gpu import cases, report, sanitizer, tests, traffic
+from bench.gpu.ours import Ours, backends
 from bench.lab import ROOT
 
 PARTS = ("compile", "ways", "sanitizer", "traffic", "code", "sweep")
@@ -97,7 +98,7 @@ def compiled_kernels(case: Case, name: str) -> dict:
     }
 
 
-def cases(options: argparse.Namespace, part: str) -> list[Case]:
+def cases_of(options: argparse.Namespace, part: str) -> list[Case]:
     """Of a part that measures, most important first."""
 
     def make(batch, shape, dtype, layout):
@@ -123,7 +124,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, facts: dict, folder: Path) -> None:
         self.options, self.folder, self.began = options, folder, time.perf_counter()
-        self.found: dict = {"facts": facts, "backends": gpu_ours.backends(options.device), "tests": None}
+        self.found: dict = {"facts": facts, "backends": backends(options.device), "tests": None}
         self.found |= {"compile": [], "ways": [], "sweep": [], "traffic": [], "code": [], "sanitizer": {}}
         self.found |= {"left": {}, "parts": {}, "trouble": []}
         self.on_gpu = options.device.startswith("cuda") and not options.quick
@@ -146,7 +147,7 @@ class Run:
         self.write()
 
     def tests(self) -> None:
-        self.found["tests"] = gpu_tests.run(self.left("tests"), self.folder)
+        self.found["tests"] = tests.run(self.left("tests"), self.folder)
         say(f"tests: {self.found['tests']['summary']}")
 
     def compile(self) -> None:
@@ -162,13 +163,13 @@ class Run:
         self.measure("sweep", ["eager"], max(3, self.options.rounds - 2))
 
     def measure(self, part: str, names: list[str], rounds: int, triton: bool = True) -> None:
-        chosen = cases(self.options, part)
+        chosen = cases_of(self.options, part)
         for index, case in enumerate(chosen):
             if self.left(part) <= 0:
                 self.found["left"][part] = [f"{c.name} {c.dtype} {c.layout}" for c in chosen[index:]]
                 return
             try:
-                result = asdict(gpu_cases.measure(case, names, rounds=rounds, block=0.002, triton=triton))
+                result = asdict(cases.measure(case, names, rounds=rounds, block=0.002, triton=triton))
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 self.found["left"].setdefault(part, []).append(f"{case.name} {case.dtype}: not enough memory")
@@ -179,7 +180,7 @@ class Run:
                 self.found["left"][part] = [f"{c.name} {c.dtype} {c.layout}" for c in chosen[index + 1 :]]
                 return
             self.found[part].append(result)
-            say(gpu_report.line(result))
+            say(report.line(result))
             if case.device.startswith("cuda"):
                 torch.cuda.empty_cache()
 
@@ -191,8 +192,8 @@ class Run:
         elif self.left("sanitizer") < 20:
             self.found["left"]["sanitizer"] = [f"all: {self.left('sanitizer'):.0f} s were left"]
         else:
-            self.found["sanitizer"] = gpu_sanitizer.run(self.left("sanitizer"))
-            say(gpu_sanitizer.table(self.found["sanitizer"]))
+            self.found["sanitizer"] = sanitizer.run(self.left("sanitizer"))
+            say(sanitizer.table(self.found["sanitizer"]))
 
     def traffic(self) -> None:
         if not self.on_gpu:
@@ -204,7 +205,7 @@ class Run:
                 self.found["left"].setdefault("traffic", []).append(f"{ours.name} {shape} {dtype} {layout}")
                 continue
             seconds = self.left("traffic")
-            self.found["traffic"].append(gpu_traffic.traffic(shape, dtype, layout, ours, seconds))
+            self.found["traffic"].append(traffic.traffic(shape, dtype, layout, ours, seconds))
 
     def code(self) -> None:
         if not self.on_gpu:
@@ -219,21 +220,21 @@ class Run:
 
     def failed(self) -> list[str]:
         results = [r for part in ("compile", "ways", "sweep") for r in self.found[part]]
-        found = [f"{gpu_report.label(r)}, {name}" for r in results for name in gpu_report.failures(r)]
-        found += [f"compute-sanitizer {said}" for said in gpu_sanitizer.failures(self.found["sanitizer"])]
+        found = [f"{report.label(r)}, {name}" for r in results for name in report.failures(r)]
+        found += [f"compute-sanitizer {said}" for said in sanitizer.failures(self.found["sanitizer"])]
         return found + self.found["trouble"]
 
     def text(self) -> str:
-        found, tests = self.found, self.found["tests"]
+        found, ran = self.found, self.found["tests"]
         lines = [machine.line(found["facts"])]
         lines += [f"not measured: {name}, {why}" for name, why in found["backends"].items() if why]
-        lines += [f"tests: {tests['summary']} ({tests['took']:.0f} s)" if tests else "tests: not run"]
-        lines += [f"  {test}" for test in tests["failed"]] if tests else []
-        lines += ["", gpu_report.summary(found["compile"] + found["sweep"]), ""]
-        lines += [gpu_report.ways(found["compile"] + found["ways"]), ""]
-        lines += [gpu_report.hosts(found["compile"] + found["ways"] + found["sweep"]), ""]
-        lines += [gpu_sanitizer.table(found["sanitizer"])] if found["sanitizer"] else []
-        lines += [gpu_traffic.table(t) for t in found["traffic"]]
+        lines += [f"tests: {ran['summary']} ({ran['took']:.0f} s)" if ran else "tests: not run"]
+        lines += [f"  {test}" for test in ran["failed"]] if ran else []
+        lines += ["", report.summary(found["compile"] + found["sweep"]), ""]
+        lines += [report.ways(found["compile"] + found["ways"]), ""]
+        lines += [report.hosts(found["compile"] + found["ways"] + found["sweep"]), ""]
+        lines += [sanitizer.table(found["sanitizer"])] if found["sanitizer"] else []
+        lines += [traffic.table(t) for t in found["traffic"]]
         for c in found["code"]:
             what = f"torch.compile, {c['rival']} {c['case']['mode']}"
             lines.append(f"{what}: {c['kernels']} kernels, {c['library_calls']} library calls")

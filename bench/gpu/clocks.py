@@ -7,7 +7,7 @@ from itertools import repeat
 
 import torch
 
-from bench.timing import Contestant, Local
+from coordatt_fast.interleaved import Contestant, Local
 
 IN_A_GRAPH = 10  # calls that one graph holds, so that what a replay costs is shared
 UNSYNCHRONISED = 16  # calls the host makes before it waits: far less than fills the device's queue

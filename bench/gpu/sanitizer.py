@@ -1,6 +1,6 @@
 """compute-sanitizer over the CUDA backend: each way forward, backward and the passes alone, on a few shapes.
 
-python -m bench.gpu_sanitizer                  one run of the calls, to start under a tool
+python -m bench.gpu.sanitizer                  one run of the calls, to start under a tool
 run(seconds)                                   that under each of TOOLS, side by side, and their verdicts
 
 Every tensor gets memory of its own (no caching allocator), so that an access beside it shows.
@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import coordatt_fast
-from bench import gpu_ours
 from bench.cases import DTYPES, LAYOUTS
+from bench.gpu.ours import INFERENCE, TRAINING, Ours, chosen, outline
 from bench.lab import ROOT
 from bench.machine import cuda_tool
 
@@ -45,18 +45,18 @@ def calls(device: str = "cuda", shapes=SHAPES) -> list[str]:
             module = coordatt_fast.CoordAtt(shape[1], shape[1], mid_channels=MID).to(device, DTYPES[dtype])
             x = torch.randn(shape).to(device, DTYPES[dtype]).contiguous(memory_format=LAYOUTS[layout])
             x, grad = padded(x), padded(torch.ones_like(x))
-            for way in dict.fromkeys((*gpu_ours.INFERENCE, *gpu_ours.TRAINING)):
-                with gpu_ours.chosen(gpu_ours.Ours(backend, way)):
-                    if way in gpu_ours.INFERENCE and gpu_ours.outline(x, False)["way"] == way:
+            for way in dict.fromkeys((*INFERENCE, *TRAINING)):
+                with chosen(Ours(backend, way)):
+                    if way in INFERENCE and outline(x, False)["way"] == way:
                         with torch.inference_mode():
                             module.eval()(x)
                         made.append(f"{shape} {dtype} {layout} {way}")
-                    if way in gpu_ours.TRAINING and gpu_ours.outline(x, True)["way"] == way:
+                    if way in TRAINING and outline(x, True)["way"] == way:
                         leaf = x.detach().requires_grad_()
                         module.train()(leaf).backward(grad)
                         made.append(f"{shape} {dtype} {layout} {way} and backward")
             module.bn1 = nn.GroupNorm(2, MID).to(device, DTYPES[dtype])
-            with gpu_ours.chosen(gpu_ours.Ours(backend, "chain")):
+            with chosen(Ours(backend, "chain")):
                 leaf = x.detach().requires_grad_()
                 module(leaf).backward(grad)
             made.append(f"{shape} {dtype} {layout} pool, gate and backward")
@@ -90,7 +90,7 @@ def run(seconds: float, tools: tuple[str, ...] = TOOLS, program: str | None = No
     for tool in tools:
         # API errors are the answers to questions such as which clusters fit.
         line = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
-        line += [sys.executable, "-m", "bench.gpu_sanitizer"]
+        line += [sys.executable, "-m", "bench.gpu.sanitizer"]
         running[tool] = subprocess.Popen(
             line,
             cwd=ROOT,

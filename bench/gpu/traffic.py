@@ -1,6 +1,6 @@
 """DRAM bytes of our kernels as the hardware counts them (ncu), in units of one full-size tensor.
 
-python -m bench.gpu_traffic --shape 64,96,112,112        one call of every phase, to run under a profiler
+python -m bench.gpu.traffic --shape 64,96,112,112        one call of every phase, to run under a profiler
 traffic(shape, dtype, layout, ours)                      runs that under ncu and reads its table
 
 Beside them stand the bytes that each launch has to move at least: Triton's as counted from the kernels' code,
@@ -19,7 +19,7 @@ import torch
 import coordatt_fast
 from bench.baselines import ours
 from bench.cases import DTYPES, LAYOUTS, Case
-from bench.gpu_ours import Ours, chosen
+from bench.gpu.ours import Ours, chosen
 from bench.lab import ROOT
 from bench.machine import cuda_tool
 
@@ -100,7 +100,7 @@ def traffic(shape: tuple, dtype: str, layout: str, ours: Ours, seconds: float = 
         return found | {"reason": "ncu was not found"}
     command = [
         profiler, "--csv", "--clock-control", "none", "--profile-from-start", "off",
-        "--metrics", ",".join(METRICS), sys.executable, "-m", "bench.gpu_traffic",
+        "--metrics", ",".join(METRICS), sys.executable, "-m", "bench.gpu.traffic",
         "--shape", ",".join(map(str, shape)), "--dtype", dtype, "--layout", layout,
         "--backend", ours.backend, "--way", ours.way,
     ]  # fmt: skip
@@ -143,7 +143,7 @@ def table(found: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_traffic", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.traffic", description=__doc__)
     parser.add_argument("--shape", required=True, help="N,C,H,W")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--layout", choices=LAYOUTS, default="nchw")

@@ -20,7 +20,7 @@ for package in ("numpy", "timm", "PIL", "sklearn"):
     else:
         pytest.importorskip(package, reason="the benchmark's requirements are not installed")
 
-from bench import blocks, rivals  # noqa: E402
+from bench import blocks, other_blocks  # noqa: E402
 from bench.whole_network import NONE, OURS, PLAIN, NetworkCase  # noqa: E402
 from coordatt_fast import CoordAtt  # noqa: E402
 
@@ -82,17 +82,17 @@ class Broken(CoordAtt):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_failed_check_suppresses_every_speed(mode, monkeypatch):
-    monkeypatch.setitem(rivals.ATTENTION, OURS, lambda channels: Broken(channels, channels))
-    result = rivals.measure(NetworkCase(1, mode, size=64), rivals.QUICK, [NONE, PLAIN, OURS])
+    monkeypatch.setitem(other_blocks.ATTENTION, OURS, lambda channels: Broken(channels, channels))
+    result = other_blocks.measure(NetworkCase(1, mode, size=64), other_blocks.QUICK, [NONE, PLAIN, OURS])
     assert not result["agreement"]["passed"] and result["seconds"] == {}
-    assert rivals.cell(result, OURS) == "WRONG" and rivals.cell(result, NONE) == "-"
+    assert other_blocks.cell(result, OURS) == "WRONG" and other_blocks.cell(result, NONE) == "-"
 
 
 def test_quick_run_writes_its_tables(tmp_path, capsys):
     arguments = ["--quick", "--threads", "1", "--only", "eca", "--out", str(tmp_path)]
-    assert rivals.main(arguments) == 0
+    assert other_blocks.main(arguments) == 0
     assert "ALL CHECKS PASSED" in capsys.readouterr().out
-    document = json.loads((tmp_path / "rivals.json").read_text())
+    document = json.loads((tmp_path / "blocks.json").read_text())
     assert set(document["sizes"]) == {NONE, "eca", PLAIN, OURS}
     assert document["sizes"][OURS] == document["sizes"][PLAIN] == {"parameters": 3_950_648, "macs": 306_666_368}
     for result in document["results"]:
@@ -100,8 +100,8 @@ def test_quick_run_writes_its_tables(tmp_path, capsys):
         assert all(s["p10"] <= s["median"] <= s["p90"] for s in result["seconds"].values())
     if sys.platform == "linux":
         assert all(peak["train"] > peak["eval"] >= 0 for peak in document["peaks"].values()), document["peaks"]
-    assert rivals.main(["--read", str(tmp_path / "rivals.json")]) == 0
-    assert (tmp_path / "rivals.txt").read_text() in capsys.readouterr().out
+    assert other_blocks.main(["--read", str(tmp_path / "blocks.json")]) == 0
+    assert (tmp_path / "blocks.txt").read_text() in capsys.readouterr().out
 
 
 def test_timm_is_installed_without_what_it_asks_for():

@@ -3,9 +3,9 @@
 import math
 from statistics import geometric_mean
 
-from bench.baselines import COMPILED
+from bench.baselines import ANY_COMPILED
 from bench.cases import DTYPES
-from bench.gpu_cases import COPY, GRAPHED, PHASES
+from bench.gpu.cases import COPY, GRAPHED, PHASES
 
 LARGE = 128 << 20  # bytes of a map that no L2 holds
 
@@ -76,7 +76,7 @@ def summary_row(results: list[dict], phase: str, name: str) -> str:
             any_time = True
             others = {"eager": seconds.get("eager")}
             others["triton"] = seconds.get("triton") if name != "triton" else None
-            others["compile"] = min((seconds[c] for c in COMPILED if c in seconds), default=None)
+            others["compile"] = min((seconds[c] for c in ANY_COMPILED if c in seconds), default=None)
             for rival, other in others.items():
                 if other:
                     over[rival].append(other / seconds[name])

@@ -26,8 +26,7 @@ from bench import checks, lab, machine, report, whole_network
 from bench.attention import MeanCoordAtt, PlainCoordAtt, parameter_count, settle_statistics
 from bench.blocks import OTHERS
 from bench.instances import Effort, explain
-from bench.schedule import pages_for
-from bench.timing import PAGES, PAGES_SHORT
+from bench.timing import PAGES, PAGES_SHORT, pages_for
 from bench.whole_network import NONE, OURS, PLAIN, NetworkCase, contestant, square, timings
 from coordatt_fast.models import mobilenet_v2_ca
 
@@ -104,7 +103,7 @@ def networks(case: NetworkCase, names: list[str]) -> dict[str, nn.Module]:
 
 
 def compiled_agrees(models: dict[str, nn.Module], case: NetworkCase, agreement: dict) -> bool:
-    """Whether the compiled blocks give plain PyTorch's results, with the factor that rivals are granted."""
+    """Whether the compiled blocks give plain PyTorch's results, with the factor granted to others."""
     images = case.images(case.batch)
     saved = copy.deepcopy(models[PLAIN].state_dict())
     found = {}
@@ -131,7 +130,7 @@ def measure(case: NetworkCase, effort: Effort, names: list[str]) -> dict:
     block = next(m for m in models[OURS].modules() if isinstance(m, coordatt_fast.CoordAtt))
     sample = torch.zeros(case.batch, block.conv1.in_channels, case.size // 4, case.size // 4)
     result = {
-        "kind": "rivals",
+        "kind": "blocks",
         "case": asdict(case),
         "name": case.name,
         "agreement": agreement,
@@ -186,7 +185,7 @@ def peak(name: str, batch: int, side: int) -> dict[str, int]:
 
 def peak_elsewhere(name: str, batch: int, side: int, threads: int) -> dict[str, int] | str:
     """The same in a process of its own; in words where that is not possible."""
-    command = [sys.executable, "-m", "bench.rivals", "--peak", name]
+    command = [sys.executable, "-m", "bench.other_blocks", "--peak", name]
     command += ["--batch", str(batch), "--size", str(side), "--threads", str(threads)]
     environment = lab.environment("plain") | EXACT_MALLOC
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -249,7 +248,7 @@ def tables(document: dict) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.rivals",
+        prog="python -m bench.other_blocks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -264,9 +263,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="few rounds, small images, batch 2, nothing compiled"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default bench/results/DATE-MACHINE/rivals")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default bench/results/DATE-MACHINE/blocks")
     parser.add_argument(
-        "--read", type=Path, metavar="FILE", help="print the tables of an earlier rivals.json"
+        "--read", type=Path, metavar="FILE", help="print the tables of an earlier blocks.json"
     )
     parser.add_argument("--peak", choices=LABELS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -286,7 +285,7 @@ def plan(options: argparse.Namespace) -> list[lab.Jobs]:
         for mode in modes:
             case = NetworkCase(batch, mode, size=options.size)
             for pages in pages_for(case.largest_tensor, case.device):
-                job = {"kind": "rivals", "case": asdict(case), "effort": effort, "rivals": options.names}
+                job = {"kind": "blocks", "case": asdict(case), "effort": effort, "blocks": options.names}
                 labs[pages].jobs.append(job | {"expected": 1.0, "order": order})
                 order += 1
     return [jobs for jobs in labs.values() if jobs.jobs]
@@ -318,15 +317,15 @@ def main(arguments: list[str] | None = None) -> int:
         peaks[name] = peak_elsewhere(name, max(options.batch), options.size, options.threads)
     settings = {key: str(value) for key, value in vars(options).items()}
     document = {"machine": facts, "settings": settings, "sizes": sizes, "peaks": peaks, "results": results}
-    folder = options.out or Path("bench/results") / f"{facts['date'][:10]}-{machine.slug(facts)}" / "rivals"
+    folder = options.out or Path("bench/results") / f"{facts['date'][:10]}-{machine.slug(facts)}" / "blocks"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rivals.json").write_text(
+    (folder / "blocks.json").write_text(
         json.dumps(report.finite(document), indent=1, allow_nan=False) + os.linesep
     )
     text = tables(document)
-    (folder / "rivals.txt").write_text(text)
+    (folder / "blocks.txt").write_text(text)
     print(text)
-    print(f"Written to {folder}/ in {time.perf_counter() - began:.0f} s: rivals.json, rivals.txt")
+    print(f"Written to {folder}/ in {time.perf_counter() - began:.0f} s: blocks.json, blocks.txt")
     return 0 if all(result["agreement"]["passed"] for result in results) else 1
 
 

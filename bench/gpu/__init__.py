@@ -1,0 +1,1 @@
+"""The benchmark for GPUs: ``python -m bench.gpu --help``."""
