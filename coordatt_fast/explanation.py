@@ -122,7 +122,8 @@ def _refuse(children: dict, x: Tensor, found: tuple | Detour, checked: bool) -> 
         plan.check_plain(children, x)
     conv1 = children.get("conv1")
     if type(conv1) is Conv2d and not plan.special_pools(children):
-        if not (internals.global_forward_pre_hooks or conv1._forward_pre_hooks or "forward" in conv1.__dict__):
+        hooks = internals.global_forward_pre_hooks or conv1._forward_pre_hooks
+        if not (hooks or "forward" in conv1.__dict__):
             checks.convolution(x, conv1.weight, "conv1.weight", conv1.groups, plan.autocast(x))
     inplace = type(found) is tuple and found[-1] is not None
     if inplace and not torch.is_grad_enabled() and internals.shares_memory(x):

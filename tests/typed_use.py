@@ -17,6 +17,7 @@ from coordatt_fast import (
     use_backend,
 )
 from coordatt_fast.backends import Backend
+from coordatt_fast.explanation import Passes, Plan
 from coordatt_fast.models import mobilenet_v2_ca
 
 
