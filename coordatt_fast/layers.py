@@ -77,8 +77,11 @@ def arguments(module: nn.Module, x) -> tuple[tuple | Detour, dict]:
             _warn(type(module), why)
         return Detour(plan.ORIGINAL, why), children
     act = children["act"]
-    if type(act) not in plan.CODES and (kinds := _kinds(act)) and (name := _activation(kinds)):
-        children = {**children, "act": _ACTIVATIONS[name]}
+    if type(act) not in plan.CODES:
+        if why := plan.obstacle(x):
+            return Detour(plan.REFERENCE, why), children
+        if (kinds := _kinds(act)) and (name := _activation(kinds)):
+            children = {**children, "act": _ACTIVATIONS[name]}
     found = plan.arguments({"_modules": children, "skip": False}, x)
     if type(found) is not tuple and found.tier == plan.HYBRID and plan.special_pools(children):
         found = Detour(plan.ORIGINAL, found.reason)
