@@ -4,6 +4,7 @@
 # make bench-blocks  the same network with other attention blocks         (ARGS="--batch 1 --mode eval")
 # make examples      the examples, pictures in build/examples
 # make bench-micro   pytest-benchmark suites, one per pass
+# make hub           the package as a kernel of the Hugging Face Hub, in build/hub (Python 3.11 or newer)
 # make aot           the GPU kernels compiled for GPUs that are not here
 # make attack        random attacks on all of it for MINUTES=60, two processes  (SEED=1 for a known start)
 # make sanitized     the CUDA kernels in the emulator, under sanitizers
@@ -21,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
 REQUIREMENTS := $(filter-out $(ALONE) requirements/release.txt,$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-blocks bench-micro examples aot sanitized attack gpu lint clean
+.PHONY: venv test bench bench-blocks bench-micro examples hub aot sanitized attack gpu lint clean
 
 venv: .venv/built
 
@@ -51,6 +52,9 @@ examples: venv
 
 bench-micro: venv
 	$(BIN)/pytest bench/micro $(ARGS)
+
+hub: venv
+	$(BIN)/python -m hub.assemble $(ARGS)
 
 aot: venv
 	$(BIN)/pytest -q tests/aot $(ARGS)

@@ -19,6 +19,7 @@ if (
 ):
     __path__.append(str(_root))
 
+from coordatt_fast import layers  # noqa: E402
 from coordatt_fast.accelerate import Report, accelerate, restore  # noqa: E402
 from coordatt_fast.backends import backends, use_backend  # noqa: E402
 from coordatt_fast.explanation import explain  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "backends",
     "coord_att",
     "explain",
+    "layers",
     "restore",
     "use_backend",
 ]

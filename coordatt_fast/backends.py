@@ -14,6 +14,8 @@ import torch
 from coordatt_fast import internals, library
 
 AUTO = "auto"
+# The compiled library's operators, in torch.ops.
+COMPILED = "coordatt_fast"
 
 # As Triton reads it, when it is imported; its kernels then also run, slowly, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -159,11 +161,11 @@ def _describe_triton() -> Backend:
 # In the order in which auto tries them.
 ROWS = {
     "cpu": Row(
-        ("cpu",), "coordatt_fast", _cpu_missing, "it takes CPU tensors, x is on {}".format,
+        ("cpu",), COMPILED, _cpu_missing, "it takes CPU tensors, x is on {}".format,
         _anywhere, _describe_cpu, joined=True,
     ),
     "cuda": Row(
-        ("cuda",), "coordatt_fast", _cuda_missing, "it takes CUDA tensors, x is on {}".format,
+        ("cuda",), COMPILED, _cuda_missing, "it takes CUDA tensors, x is on {}".format,
         _cuda_verified, _describe_cuda, long=False,
     ),
     "triton": Row(

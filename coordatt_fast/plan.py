@@ -60,6 +60,9 @@ _CODES = {type(made): code for code, made in enumerate(_MADE) if not _settings(m
 
 def activation_code(child: Module) -> int | None:
     """The operators' code for this child; None where no kernel computes it."""
+    code: int | None = _CODES.get(type(child))
+    if code is not None:
+        return code
     for code, made in enumerate(_MADE):
         if type(child) is type(made) and _settings(child) == _settings(made):
             return code
@@ -340,8 +343,8 @@ def arguments(settings: dict, x) -> tuple | Detour:
             eps, norm, update = 0.0, NORM_NONE, False
         else:
             return Detour(HYBRID, f"bn1 is a {type(bn1).__name__}")
-        activation = _CODES.get(type(act))
-        if activation is None and (activation := activation_code(act)) is None:
+        activation = activation_code(act)
+        if activation is None:
             return Detour(HYBRID, f"no kernel for the activation {type(act).__name__}")
     except KeyError as missing:
         return Detour(HYBRID, _why_missing(missing, children))

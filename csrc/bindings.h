@@ -24,6 +24,40 @@ using MaybeTensor = std::optional<Tensor>;
 
 #define CHECK(condition, ...) STD_TORCH_CHECK(condition, "coordatt_fast: ", __VA_ARGS__)
 
+// What the operators are registered under: coordatt_fast, or what hub/assemble.py wrote into a copy of the library, so that
+// one process can hold several. In library.cpp.
+const char* operators_namespace();
+
+// Registers operators under that name. STABLE_TORCH_LIBRARY and its kin take a name that is fixed when they are compiled.
+class Registration {
+ public:
+  enum Kind { definitions, more_definitions, implementations };
+
+  Registration(Kind kind, const char* key, void (*fill)(Registration&), const char* file, uint32_t line) {
+    const char* name = operators_namespace();
+    TORCH_ERROR_CODE_CHECK(kind == implementations    ? aoti_torch_library_init_impl(name, key, file, line, &handle_)
+                           : kind == more_definitions ? aoti_torch_library_init_fragment(name, file, line, &handle_)
+                                                      : aoti_torch_library_init_def(name, file, line, &handle_));
+    fill(*this);
+  }
+  Registration(const Registration&) = delete;
+  ~Registration() { aoti_torch_delete_library_object(handle_); }
+
+  void def(const char* schema) { TORCH_ERROR_CODE_CHECK(aoti_torch_library_def(handle_, schema)); }
+  void impl(const char* name, void (*boxed)(StableIValue*, uint64_t, uint64_t)) {
+    TORCH_ERROR_CODE_CHECK(torch_library_impl(handle_, name, boxed, TORCH_ABI_VERSION));
+  }
+
+ private:
+  TorchLibraryHandle handle_;
+};
+
+// Followed by a block that calls m.def or m.impl; once a file for each kind.
+#define COORDATT_REGISTER(kind, key, m)                                                                              \
+  static void register_##kind(Registration&);                                                                        \
+  static const Registration kind##_of_this_file(Registration::kind, key, &register_##kind, __FILE__, __LINE__);      \
+  static void register_##kind(Registration& m)
+
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
@@ -478,7 +512,7 @@ template <class Backend> struct Fused {
   "Tensor conv1_weight, Tensor? conv1_bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, "    \
   "float eps, Tensor conv_h_weight, Tensor? conv_h_bias, Tensor conv_w_weight, Tensor? conv_w_bias, "
 
-// Every backend's operators, in a STABLE_TORCH_LIBRARY block.
+// Every backend's operators, in a block of definitions.
 template <class Library> void define_operators(Library& m) {
   m.def("attend(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip) -> Tensor");
   m.def("attend_out(Tensor x, " PARAMETER_SCHEMA "int activation, bool skip, Tensor(a!) result) -> ()");
@@ -500,7 +534,7 @@ template <class Library> void define_operators(Library& m) {
   m.def("gate_backward(Tensor grad, Tensor x, Tensor s_h, Tensor s_w, bool skip) -> (Tensor dx, Tensor ds_h, Tensor ds_w)");
 }
 
-// Those of one backend, in a STABLE_TORCH_LIBRARY_IMPL block; pool, gate and their backward passes are the file's own.
+// Those of one backend, in a block of implementations; pool, gate and their backward passes are the file's own.
 #define COORDATT_IMPLEMENT(m, Backend)                                                       \
   m.impl("attend", TORCH_BOX(&Fused<Backend>::attend));                                      \
   m.impl("attend_out", TORCH_BOX(&Fused<Backend>::attend_out));                              \

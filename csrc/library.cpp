@@ -8,6 +8,11 @@
 
 namespace coordatt {
 namespace bindings {
+
+// hub/assemble.py looks for it in the built file, and writes another name after the colon.
+const char operators_name[80] = "operators registered under:coordatt_fast";
+const char* operators_namespace() { return operators_name + sizeof("operators registered under:") - 1; }
+
 namespace {
 
 // What the library was built with for CUDA, and on which architectures its ways forward have been verified.
@@ -47,7 +52,7 @@ void set_cuda_forward(std::string way) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(coordatt_fast, m) {
+COORDATT_REGISTER(definitions, nullptr, m) {
   define_operators(m);
   m.def("build_info() -> str");
   m.def("simd_level() -> str");
@@ -57,7 +62,7 @@ STABLE_TORCH_LIBRARY(coordatt_fast, m) {
   m.def("cuda_forward_outline(Tensor x, int mid, bool training) -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CompositeExplicitAutograd, m) {
+COORDATT_REGISTER(implementations, "CompositeExplicitAutograd", m) {
   m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("simd_level", TORCH_BOX(&simd_level));
   m.impl("set_simd_level", TORCH_BOX(&set_simd_level));

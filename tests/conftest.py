@@ -6,7 +6,9 @@ import os
 os.environ["COORDATT_FAST_POISON"] = "1"
 
 import statistics
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import seeds
@@ -75,6 +77,25 @@ def simd(request, cpu):
 def threads(request):
     torch.set_num_threads(request.param)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """build/hub, as make hub writes it."""
+    out = tmp_path_factory.mktemp("hub") / "build/hub"
+    command = [sys.executable, "-m", "hub.assemble", "--out", str(out)]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def kernel(hub):
+    """The package as Hugging Face's kernels loads it from there."""
+    import kernels
+
+    return kernels.get_local_kernel(hub)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -278,11 +278,11 @@ def test_source_distribution(source, tmp_path):
         "kernels/README.md",
         "coordatt_fast/module.py",
     ]
-    for name in ("bench", "docs", "examples", "requirements", "tests"):
+    for name in ("bench", "docs", "examples", "hub", "requirements", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     shutil.copy(ROOT / ".gitignore", source)
-    for name in ("bench", "csrc", "docs", "examples", "requirements", "tests"):
+    for name in ("bench", "csrc", "docs", "examples", "hub", "requirements", "tests"):
         wanted += [p.relative_to(source) for p in (source / name).rglob("*") if p.is_file()]
     code = f"import setuptools.build_meta as b; b.build_sdist({str(tmp_path)!r})"
     succeed(sys.executable, "-c", code, cwd=source)

@@ -306,7 +306,7 @@ GradientTensors attend_backward_joined(const Tensor& grad, const Tensor& x, cons
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(coordatt_fast, m) {
+COORDATT_REGISTER(more_definitions, nullptr, m) {
   m.def("attend_train_local(Tensor x, Tensor conv1_weight, Tensor? conv1_bias) -> "
         "(Tensor pooled, Tensor squeezed, Tensor moments)");
   m.def("attend_train_joined(Tensor x, Tensor squeezed, Tensor moments, Tensor? bn_weight, Tensor? bn_bias, float eps, "
@@ -323,7 +323,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(coordatt_fast, m) {
         "Tensor dconv_h_bias, Tensor dconv_w_weight, Tensor dconv_w_bias)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CPU, m) {
+COORDATT_REGISTER(implementations, "CPU", m) {
   COORDATT_IMPLEMENT(m, Cpu);
   m.impl("attend_train_local", TORCH_BOX(&attend_train_local));
   m.impl("attend_train_joined", TORCH_BOX(&attend_train_joined));

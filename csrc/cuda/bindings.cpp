@@ -211,7 +211,7 @@ STABLE_TORCH_LIBRARY(coordatt_fast_cuda_on_cpu, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(coordatt_fast_cuda_on_cpu, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(coordatt_fast, CUDA, m) {
+COORDATT_REGISTER(implementations, "CUDA", m) {
 #endif
   COORDATT_IMPLEMENT(m, Cuda);
   m.impl("cuda_forward_way", TORCH_BOX(&forward_way));

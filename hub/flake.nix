@@ -1,0 +1,11 @@
+{
+  description = "coordatt_fast as a kernel of the Hugging Face Hub";
+
+  inputs.kernel-builder.url = "github:huggingface/kernels";
+
+  outputs = { self, kernel-builder }:
+    kernel-builder.lib.genKernelFlakeOutputs {
+      inherit self;
+      path = ./.;
+    };
+}
