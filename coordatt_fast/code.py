@@ -60,6 +60,10 @@ _TRANSPARENT = frozenset(
 _KEEPERS = frozenset(
     "append appendleft extend insert pop popitem popleft remove discard clear update setdefault send".split()
 )
+# What tells how a tensor lies in memory, which the hybrid tier decides by itself.
+_LAYOUT = frozenset(
+    "is_contiguous stride storage_offset as_strided data_ptr untyped_storage storage dim_order is_set_to".split()
+)
 # What nn.Module keeps in an instance; a forward may ask for its own training alone.
 _STATE = frozenset(nn.Module().__dict__)
 _CALLS = ("__call__", "_call_impl", "_wrapped_call_impl", "_slow_forward", "__getattr__", "__getattribute__")
@@ -280,6 +284,8 @@ class Called(Code):
         super().__init__(root)
         if kept := sorted((self.own | self.words) & _KEEPERS):
             raise Different(f"its forward uses {kept[0]}, which keeps something between calls")
+        if layout := sorted((self.words | self.strings) & _LAYOUT):
+            raise Different(f"its forward uses {layout[0]}, and is not promised how its input lies in memory")
 
     def _foreign(self, name: str, kind: str) -> None:
         pass

@@ -223,6 +223,19 @@ class Scaled(nn.Conv2d):
         return super().forward(x) * self.factors["of everything"] if x.shape[2] > 1 else super().forward(x)
 
 
+class ByLayout(nn.Conv2d):
+    def forward(self, x):
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return y if y.is_contiguous() else y.clamp(-0.5, 0.5)
+
+
+def test_a_part_of_ones_own_class_that_asks_how_its_input_lies_in_memory():
+    module = PaperCoordAtt(C, C)
+    module.conv1 = ByLayout(C, 8, 1)
+    with pytest.warns(UserWarning):
+        assert "is_contiguous" in accelerate(module).skipped[0].reason
+
+
 def test_a_part_of_ones_own_class_may_compute_anything_but_keep_nothing():
     module = PaperCoordAtt(C, C)
     module.conv1 = Counting(C, 8, 1)
