@@ -19,16 +19,16 @@ LONG_BLOCK = 0.05  # seconds; a block this long needs no warm-up block of its ow
 
 
 class Contestant(Protocol):
-    """Something that can be timed. ``rest`` is how long (s) its threads stay busy after a block."""
+    """Something that can be timed. rest is how long (s) its threads stay busy after a block."""
 
     rest: float
 
     def run(self, calls: int) -> float:
-        """Make ``calls`` calls and return the seconds they took together."""
+        """Make calls calls and return the seconds they took together."""
 
 
 class Local:
-    """A callable of this process. ``around`` is a context manager factory entered once per block (grad
+    """A callable of this process. around is a context manager factory entered once per block (grad
     mode)."""
 
     rest = 0.0
@@ -78,7 +78,7 @@ def percentile(ordered: list[float], fraction: float) -> float:
 
 @dataclass
 class Race:
-    """What ``race`` measured: seconds per call of every round, by contestant."""
+    """What race measured: seconds per call of every round, by contestant."""
 
     rounds: dict[str, list[float]]
     calls: dict[str, int] = field(default_factory=dict)
@@ -87,14 +87,14 @@ class Race:
         return Spread.of(self.rounds[name])
 
     def speedup(self, name: str, over: str) -> Spread:
-        """How many times faster ``name`` is than ``over``: the ratio of each round, then the median."""
+        """How many times faster name is than over: the ratio of each round, then the median."""
         return Spread.of(
             [slow / fast for fast, slow in zip(self.rounds[name], self.rounds[over], strict=True)]
         )
 
 
 def calls_per_block(contestant: Contestant, block: float) -> tuple[int, float]:
-    """How many calls fill ``block`` seconds, and what they took; finding out warms the contestant up."""
+    """How many calls fill block seconds, and what they took; finding out warms the contestant up."""
     calls, took = 1, contestant.run(1)
     if took >= COSTLY_CALL:
         return calls, took
@@ -116,8 +116,8 @@ def race(
 ) -> Race:
     """Time the contestants against each other.
 
-    Up to ``rounds`` rounds, fewer (not below ``least_rounds``) when ``limit`` seconds are spent. Each block
-    lasts at least ``block`` seconds and, unless that is long, follows one that is not timed, which wakes the
+    Up to rounds rounds, fewer (not below least_rounds) when limit seconds are spent. Each block
+    lasts at least block seconds and, unless that is long, follows one that is not timed, which wakes the
     threads and warms the caches.
     """
     shuffler = random.Random(seed)

@@ -123,9 +123,7 @@ def _backward(g, xs, both, a_h, a_w, p, y, slope, zhat, inv, column, *, weights,
     }
     if bh:
         grads["conv_h.bias"], grads["conv_w.bias"] = ds_h.sum(axis=(0, 2)), ds_w.sum(axis=(0, 2))
-    dy = np.concatenate(
-        [np.einsum("cm,nch->nmh", wh, ds_h), np.einsum("cm,ncw->nmw", ww, ds_w)], axis=2
-    )
+    dy = np.concatenate([np.einsum("cm,nch->nmh", wh, ds_h), np.einsum("cm,ncw->nmw", ww, ds_w)], axis=2)
     dz = dy * slope
     if norm != "none":
         if gamma is not None:

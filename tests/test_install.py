@@ -128,7 +128,7 @@ def test_wheel(wheel, pristine, environment, tmp_path):
     """One wheel for every Python; it works from anywhere, the repository's root included."""
     assert wheel.name.startswith("coordatt_fast-") and "-py3-none-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("lib/libcoordatt_fast.so", "lib/build.json", "kernels/README.md", "module.py"):
+    for name in ("lib/libcoordatt_fast.so", "lib/build.json", "kernels/README.md", "module.py", "py.typed"):
         assert f"coordatt_fast/{name}" in names
     assert not [n for n in names if n.startswith(("csrc", "kernels", "tests", "bench"))]
 

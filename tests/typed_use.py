@@ -22,14 +22,18 @@ from coordatt_fast.models import mobilenet_v2_ca
 
 
 def module(x: Tensor) -> None:
-    block = CoordAtt(16, 16, reduction=8, activation="silu", bias=False, skip=True, mid_channels=4, inplace=True)
+    block = CoordAtt(
+        16, 16, reduction=8, activation="silu", bias=False, skip=True, mid_channels=4, inplace=True
+    )
     block = CoordAtt(16, 16, device="cpu", dtype=torch.float64)
     assert_type(block.forward(x), Tensor)
     assert_type(block.conv1, nn.Conv2d)
 
 
 def function(x: Tensor, w: Tensor, b: Tensor | None) -> None:
-    out = coord_att(x, w, b, b, b, b, b, w, b, w, b, training=True, momentum=None, eps=1e-5, activation="relu")
+    out = coord_att(
+        x, w, b, b, b, b, b, w, b, w, b, training=True, momentum=None, eps=1e-5, activation="relu"
+    )
     assert_type(out, Tensor)
     assert_type(coord_att(x, w, b, b, b, b, b, w, b, w, b, num_batches_tracked=b, skip=True, out=x), Tensor)
 
