@@ -62,7 +62,7 @@ _KEEPERS = frozenset(
 )
 # What tells how a tensor lies in memory, which the hybrid tier decides by itself.
 _LAYOUT = frozenset(
-    "is_contiguous stride storage_offset as_strided data_ptr untyped_storage storage dim_order is_set_to".split()
+    "is_contiguous stride storage_offset as_strided data_ptr untyped_storage storage dim_order".split()
 )
 # What nn.Module keeps in an instance; a forward may ask for its own training alone.
 _STATE = frozenset(nn.Module().__dict__)
