@@ -7,6 +7,7 @@
 # make aot           the GPU kernels compiled for GPUs that are not here
 # make attack        random attacks on all of it for MINUTES=60, two processes  (SEED=1 for a known start)
 # make sanitized     the CUDA kernels in the emulator, under sanitizers
+# make native        the CPU kernels for aarch64 in an emulator, and here under sanitizers
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
 # make lint, make clean
 # Needs Python 3.10 or newer (PYTHON=python3.12 for another one), a C++ compiler and make.
@@ -20,7 +21,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
 REQUIREMENTS := $(filter-out $(ALONE),$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-rivals bench-micro examples aot sanitized attack gpu lint clean
+.PHONY: venv test bench bench-rivals bench-micro examples aot sanitized native attack gpu lint clean
 
 venv: .venv/built
 
@@ -59,6 +60,9 @@ attack: venv
 
 sanitized: venv
 	$(BIN)/pytest -q tests/cuda_on_cpu/test_sanitized.py $(ARGS)
+
+native: venv
+	SEED=$(SEED) $(BIN)/pytest -q tests/native $(ARGS)
 
 gpu: venv
 	$(BIN)/python -m bench.gpu --tests $(ARGS)
