@@ -1,5 +1,5 @@
 // Memory that shows what a kernel does beyond its own. It starts as NaN, ends (or begins) at a page that nobody may touch,
-// and has a margin at the other end that must stay as it was. Where AddressSanitizer watches, on its heap.
+// and has a margin at the other end that must stay as it was. ON_HEAP: on the heap, where AddressSanitizer watches.
 #pragma once
 
 #include <stdint.h>
@@ -19,10 +19,12 @@ class Memory {
   // between (so that no vector is aligned), unless the guard is to be met exactly.
   Memory(int64_t count, DType type, bool at_end, int64_t skew = 0) : type_(type), count_(count) {
     const int64_t bytes = count * bytes_of(type), offset = skew * bytes_of(type);
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(ON_HEAP)
     size_ = bytes + offset;
     base_ = (char*)malloc((size_t)(size_ ? size_ : 1));
     data_ = base_ + offset;
+    low_ = base_;
+    high_ = base_ + size_;
     (void)at_end;
 #else
     constexpr int64_t page = 1 << 16;  // as large as any aarch64 has
@@ -37,14 +39,10 @@ class Memory {
     low_ = data_ - base_ > margin ? data_ - margin : base_;
     high_ = base_ + size_ - data_ - bytes > margin ? data_ + bytes + margin : base_ + size_;
 #endif
-#if defined(__SANITIZE_ADDRESS__)
-    low_ = base_;
-    high_ = base_ + size_;
-#endif
     memset(low_, 0xff, (size_t)(high_ - low_));
   }
   ~Memory() {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(ON_HEAP)
     free(base_);
 #else
     munmap(whole_, (size_t)mapped_);
