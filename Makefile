@@ -8,6 +8,7 @@
 # make aot           the GPU kernels compiled for GPUs that are not here
 # make attack        random attacks on all of it for MINUTES=60, two processes  (SEED=1 for a known start)
 # make sanitized     the CUDA kernels in the emulator, under sanitizers
+# make native        the CPU kernels for aarch64 in an emulator, and here under sanitizers
 # make gpu           on a machine with an NVIDIA GPU: its tests, then the GPU benchmark, within ten minutes
 # make lint         ruff, mypy on the public face, the workflows
 # make clean
@@ -22,7 +23,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 ALONE := requirements/third-party.txt
 REQUIREMENTS := $(filter-out $(ALONE) requirements/release.txt,$(wildcard requirements/*.txt))
 
-.PHONY: venv test bench bench-blocks bench-micro examples hub aot sanitized attack gpu lint clean
+.PHONY: venv test bench bench-blocks bench-micro examples hub aot sanitized native attack gpu lint clean
 
 venv: .venv/built
 
@@ -64,6 +65,9 @@ attack: venv
 
 sanitized: venv
 	$(BIN)/pytest -q tests/cuda_on_cpu/test_sanitized.py $(ARGS)
+
+native: venv
+	SEED=$(SEED) $(BIN)/pytest -q tests/native $(ARGS)
 
 gpu: venv
 	$(BIN)/python -m bench.gpu --tests $(ARGS)

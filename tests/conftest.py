@@ -22,7 +22,7 @@ import tolerances  # noqa: E402
 from harness import on_backend, supported_levels  # noqa: E402
 
 # Suites with a process or a machine of their own: collected only where the command names them.
-SEPARATE = ("aot", "gpu", "interpreted", "test_sanitized.py")
+SEPARATE = ("aot", "gpu", "interpreted", "native", "test_sanitized.py")
 
 
 def pytest_ignore_collect(collection_path, config):
