@@ -90,6 +90,21 @@ def test_each_strip_has_its_own_mean(shape, layout):
     assert ((p.double() - expected).abs() <= torch.finfo(torch.float32).eps * expected.abs()).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves_are_rounded_to_nearest_even(dtype, layout, simd):
+    """Means of neighbours lie halfway between two numbers, those of others anywhere: as torch rounds them, in every
+    bit."""
+    dtype = FLOATS[dtype]
+    g = seeds.generator(0)
+    x = torch.randn(2, 19, 7, 2, generator=g).to(dtype)
+    ulps = torch.randint(-9, 10, x[..., :1].shape, generator=g, dtype=torch.int16)
+    x[..., 1:] = (x[..., :1].contiguous().view(torch.int16) + ulps).view(dtype)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    rows = pool(x)[:, :, :7]
+    tolerances.assert_same_bits(rows, x.float().mean(3, keepdim=True).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_long_sums_keep_their_small_terms(dtype):
     """65504 terms of about one. Summed in half precision they would stick at 2^8 or 2^11, in float32 one by
