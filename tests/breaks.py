@@ -121,7 +121,7 @@ BREAKS = [
         "total[i] += all_sums[i];",
     ),
     ("panels: bias of the first", FORWARD, "forward", "e.bias = bias ? at((void*)bias, c, bytes) : nullptr;", "e.bias = bias;"),
-    ("squeeze: rows of a block", FORWARD, "determinism", "a.rows = r1 - r0;", "a.rows = r1 - r0 - (r1 - r0 == 16);"),
+    ("squeeze: rows of a block", FORWARD, "forward", "a.rows = r1 - r0;", "a.rows = r1 - r0 - (r1 - r0 == 16);"),
     (
         "joined: between the processes",
         FORWARD,
