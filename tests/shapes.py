@@ -38,6 +38,7 @@ AWKWARD = {
     "mid=88": ((1, 88, 7, 3), 88),
     "mid>C": ((2, 3, 4, 4), 64),
     "many-images": ((37, 8, 3, 2), 8),
+    "H+W=16": ((2, 11, 7, 9), 8),  # one whole block of the middle's rows
     "deep": ((2, 960, 7, 7), 30),
     "large": ((2, 24, 33, 47), 9),
 }

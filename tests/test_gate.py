@@ -1,5 +1,7 @@
 """The gate pass alone: x times its two sigmoids, and the gradients of all three."""
 
+import functools
+
 import oracle
 import pytest
 import seeds
@@ -20,10 +22,10 @@ def paper_gate(x, s_h, s_w, skip=False):
     return out + x if skip else out
 
 
-def inputs(shape, dtype, layout, seed, spread=2.0):
+def inputs(shape, dtype, layout, seed, logit_dtype=None):
     n, c, h, w = shape
     g = seeds.generator(seed)
-    logits = lambda *size: (spread * torch.randn(size, generator=g, dtype=torch.float64)).to(dtype)
+    logits = lambda *size: (2 * torch.randn(size, generator=g, dtype=torch.float64)).to(logit_dtype or dtype)
     named = {
         "x": feature_map(shape, g, dtype, layout),
         "s_h": logits(n, c, h, 1),
@@ -32,15 +34,29 @@ def inputs(shape, dtype, layout, seed, spread=2.0):
     return named, feature_map(shape, g, dtype, layout)
 
 
+def beside(drawn, index):
+    named, grad = drawn
+    g = seeds.generator(3000 + index)
+    return {name: tolerances.beside(t, g) for name, t in named.items()}, tolerances.beside(grad, g)
+
+
+@functools.lru_cache(maxsize=128)
+def yardstick(shape, dtype, skip):
+    return tolerances.Yardstick(
+        lambda seed: inputs(shape, dtype, "nchw", seed),
+        beside,
+        lambda drawn: oracle.gate(**drawn[0], grad=drawn[1], skip=skip),
+        lambda drawn: gradients(lambda **t: paper_gate(**t, skip=skip), *drawn),
+    )
+
+
 def check(shape, dtype, layout, skip=False):
-    results, plain, truths = [], [], []
-    for seed in draws(shape):
-        named, grad = inputs(shape, dtype, layout, seed)
-        truths.append(oracle.gate(**named, grad=grad, skip=skip))
-        plain.append(gradients(lambda **t: paper_gate(**t, skip=skip), named, grad))
-        results.append(gradients(lambda **t: gate(**t, skip=skip), named, grad))
-    key = "gate " + str(dtype).removeprefix("torch.")
-    tolerances.check(results, tolerances.Yardstick(truths, [plain]), key=key)
+    tolerances.check(
+        lambda seed: gradients(lambda **t: gate(**t, skip=skip), *inputs(shape, dtype, layout, seed)),
+        yardstick(shape, dtype, skip),
+        key="gate " + str(dtype).removeprefix("torch."),
+        draws=draws(shape),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -68,17 +84,25 @@ def test_every_simd_level(shape, layout, simd):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_logits_of_another_dtype(dtype, logit_dtype):
     """Logits come in whatever dtype the module's convolutions gave; their gradients go back in it."""
-    named, grad = inputs(AWKWARD["primes"][0], FLOATS[dtype], "nchw", 0)
-    named = {k: v if k == "x" else v.to(FLOATS[logit_dtype]) for k, v in named.items()}
-    got = gradients(gate, named, grad)
-    expected = oracle.gate(**named, grad=grad, skip=False)
-    assert got["out"].dtype == got["d x"].dtype == FLOATS[dtype]
-    for name, value in got.items():
-        if name in ("d s_h", "d s_w"):
-            assert value.dtype == FLOATS[logit_dtype]
-        # Arithmetic in float32 (about ten roundings), then the store in the result's own dtype.
-        slack = 10 * torch.finfo(torch.float32).eps + torch.finfo(value.dtype).eps
-        assert max(tolerances.errors(value, expected[name])) <= slack, name
+    shape, dtypes = AWKWARD["primes"][0], (FLOATS[dtype], FLOATS[logit_dtype])
+
+    def in_float32(drawn):
+        """Plain PyTorch's arithmetic in float32, each result rounded once to its own dtype."""
+        named, grad = drawn
+        results = gradients(paper_gate, {k: v.float() for k, v in named.items()}, grad.float())
+        return {k: v.to(dtypes["s_" in k]) for k, v in results.items()}
+
+    tolerances.check(
+        lambda seed: gradients(gate, *inputs(shape, dtypes[0], "nchw", seed, dtypes[1])),
+        tolerances.Yardstick(
+            lambda seed: inputs(shape, dtypes[0], "nchw", seed, dtypes[1]),
+            beside,
+            lambda drawn: oracle.gate(**drawn[0], grad=drawn[1], skip=False),
+            in_float32,
+        ),
+        key=f"gate {dtype} {logit_dtype}",
+        draws=draws(shape),
+    )
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32"), ("bfloat16", "float64")])

@@ -1,5 +1,7 @@
 """The pool pass alone: row means and column means of x, and its backward."""
 
+import functools
+
 import oracle
 import pytest
 import seeds
@@ -21,18 +23,40 @@ def paper_pool(x):
     return torch.cat([rows, columns.permute(0, 1, 3, 2)], dim=2)
 
 
-def check(shape, dtype, layout):
+def inputs(shape, dtype, layout, seed):
     n, c, h, w = shape
-    results, plain, truths = [], [], []
-    for seed in draws(shape):
-        g = seeds.generator(seed)
-        x = feature_map(shape, g, dtype, layout)
-        grad = feature_map((n, c, h + w, 1), g, dtype)
-        truths.append(oracle.pool(x, grad))
-        plain.append(gradients(paper_pool, {"x": x}, grad))
-        results.append(gradients(pool, {"x": x}, grad))
-    key = "pool " + str(dtype).removeprefix("torch.")
-    tolerances.check(results, tolerances.Yardstick(truths, [plain]), key=key)
+    g = seeds.generator(seed)
+    x = feature_map(shape, g, dtype, layout)
+    return x, feature_map((n, c, h + w, 1), g, dtype)
+
+
+def beside(drawn, index):
+    g = seeds.generator(3000 + index)
+    return tuple(tolerances.beside(t, g) for t in drawn)
+
+
+@functools.lru_cache(maxsize=128)
+def yardstick(shape, dtype):
+    return tolerances.Yardstick(
+        lambda seed: inputs(shape, dtype, "nchw", seed),
+        beside,
+        lambda drawn: oracle.pool(*drawn),
+        lambda drawn: gradients(paper_pool, {"x": drawn[0]}, drawn[1]),
+    )
+
+
+def results(shape, dtype, layout, seed):
+    x, grad = inputs(shape, dtype, layout, seed)
+    return gradients(pool, {"x": x}, grad)
+
+
+def check(shape, dtype, layout):
+    tolerances.check(
+        lambda seed: results(shape, dtype, layout, seed),
+        yardstick(shape, dtype),
+        key="pool " + str(dtype).removeprefix("torch."),
+        draws=draws(shape),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -64,6 +88,21 @@ def test_each_strip_has_its_own_mean(shape, layout):
     expected = torch.cat([exact.mean(3, keepdim=True), exact.mean(2, keepdim=True).transpose(2, 3)], 2)
     # One division (or one multiplication by the rounded reciprocal) is left: at most one ulp.
     assert ((p.double() - expected).abs() <= torch.finfo(torch.float32).eps * expected.abs()).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_halves_are_rounded_to_nearest_even(dtype, layout, simd):
+    """Means of neighbours lie halfway between two numbers, those of others anywhere: as torch rounds them, in every
+    bit."""
+    dtype = FLOATS[dtype]
+    g = seeds.generator(0)
+    x = torch.randn(2, 19, 7, 2, generator=g).to(dtype)
+    ulps = torch.randint(-9, 10, x[..., :1].shape, generator=g, dtype=torch.int16)
+    x[..., 1:] = (x[..., :1].contiguous().view(torch.int16) + ulps).view(dtype)
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    rows = pool(x)[:, :, :7]
+    tolerances.assert_same_bits(rows, x.float().mean(3, keepdim=True).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

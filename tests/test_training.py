@@ -6,7 +6,7 @@ import promises
 import pytest
 import tolerances
 import torch
-from harness import FLOATS, LAYOUTS, Case, build, compare, data, fused, plain, run
+from harness import FLOATS, LAYOUTS, Case, beside, build, compare, data, fused, plain, run
 from paper import ACTIVATIONS, PaperCoordAtt
 from shapes import AWKWARD, EMPTY, FEW, TWO
 from torch import nn
@@ -100,27 +100,27 @@ def test_nothing_asked_for(training):
 def test_running_statistics(dtype, momentum):
     """Three steps, as nn.BatchNorm2d takes them; momentum None is the cumulative average."""
     case = Case(*AWKWARD["primes"], dtype=FLOATS[dtype])
-    names = ("running_mean", "running_var")
-    truths, plain, results = [], [], []
-    for start in range(3):
-        d = data(case, start)
-        modules = [build(PaperCoordAtt, case, d.params, torch.float64)]
-        modules += [build(cls, case, d.params) for cls in (PaperCoordAtt, CoordAtt)]
-        for module in modules:
-            module.bn1.momentum = momentum
-            for seed in range(3):
-                x = data(case, 10 * start + seed).x
-                module(x.to(module.conv1.weight.dtype))
-        assert all(m.bn1.num_batches_tracked.item() == 3 for m in modules)
-        expected, theirs, ours = ({n: getattr(m.bn1, n) for n in names} for m in modules)
-        truths.append(expected), plain.append(theirs), results.append(ours)
+
+    def steps(cls, drawn, dtype=None):
+        module = build(cls, case, drawn[0].params, dtype)
+        module.bn1.momentum = momentum
+        for d in drawn:
+            module(d.x.to(module.conv1.weight.dtype))
+        assert module.bn1.num_batches_tracked.item() == len(drawn)
+        return {n: getattr(module.bn1, n) for n in ("running_mean", "running_var")}
+
+    draw = lambda start: [data(case, 10 * start + seed) for seed in range(3)]
     if case.dtype is torch.float64:
-        for ours, expected in zip(results, truths):
-            assert all(
-                max(tolerances.errors(ours[n], expected[n])) < tolerances.FORMULAS_AGREE for n in names
-            )
-    else:
-        tolerances.check(results, tolerances.Yardstick(truths, [plain]), key=dtype)
+        expected, ours = (steps(cls, draw(0)) for cls in (PaperCoordAtt, CoordAtt))
+        assert all(max(tolerances.errors(ours[n], expected[n])) < tolerances.FORMULAS_AGREE for n in ours)
+        return
+    yardstick = tolerances.Yardstick(
+        draw,
+        lambda drawn, index: [beside(d, index) for d in drawn],
+        lambda drawn: steps(PaperCoordAtt, drawn, torch.float64),
+        lambda drawn: steps(PaperCoordAtt, drawn),
+    )
+    tolerances.check(lambda start: steps(CoordAtt, draw(start)), yardstick, key=dtype, draws=3)
 
 
 COUNTERS = {

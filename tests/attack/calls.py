@@ -4,13 +4,13 @@ import contextlib
 import copy
 from dataclasses import dataclass
 
+import bounds
 import torch
 from harness import supported_levels
 from hypothesis import strategies as st
 from paper import PaperCoordAtt
 from torch import nn
 
-from attack import bounds
 from attack.tensors import DTYPES, FINITE, LAYOUTS, MIDDLES, NOT_FINITE, laid_out, map_of, parameter, shapes
 from coordatt_fast import CoordAtt, coord_att, explain, use_backend
 

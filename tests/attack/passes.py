@@ -5,11 +5,11 @@ Between them the children round to the map's dtype; in half precision that hides
 
 from dataclasses import dataclass
 
+import bounds
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from attack import bounds
 from attack.calls import LEVELS
 from attack.tensors import DTYPES, FINITE, LAYOUTS, laid_out, map_of, shapes
 

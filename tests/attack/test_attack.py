@@ -4,12 +4,13 @@ import collections
 import os
 from dataclasses import replace
 
+import bounds
 import pytest
 import torch
 from hypothesis import given, seed
 from paper import PaperCoordAtt
 
-from attack import bounds, calls, changes, judge, passes, rounds, spellings
+from attack import calls, changes, judge, passes, rounds, spellings
 from attack.pieces import Piece
 from coordatt_fast import backends, ops
 

@@ -4,7 +4,7 @@ import harness
 import promises
 import tolerances
 import torch
-from harness import Case, build, data, run, truth
+from harness import Case, build, run
 
 from coordatt_fast import CoordAtt, explain
 
@@ -22,18 +22,8 @@ def on_triton(case, d, backward=True):
 
 
 def compare(case: Case, backward=True):
-    if case.dtype is not torch.bfloat16:
-        return harness.compare(case, backward, under_test=on_triton)
-    d = data(case)
-    got, expected, plain = (f(case, d, backward) for f in (on_triton, truth, harness.plain))
-    for name, value in expected.items():
-        if name in case.exactly_zero or name in case.vanishing:
-            continue
-        dtype = got[name].dtype
-        assert dtype == plain[name].dtype, name
-        ours, theirs = tolerances.errors(got[name], value), tolerances.errors(plain[name], value)
-        floor = TRUNCATED_ULPS * torch.finfo(dtype).eps
-        assert all(a <= 4 * b + floor for a, b in zip(ours, theirs)), (name, ours, theirs)
+    floor = TRUNCATED_ULPS if case.dtype is torch.bfloat16 else tolerances.FLOOR_ULPS
+    harness.compare(case, backward, on_triton, floor)
 
 
 def agree(case: Case):
