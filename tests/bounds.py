@@ -268,19 +268,26 @@ def _running(ops, params, mean, var, momentum, unbiased):
     return results
 
 
+def allowed(ball: Ball, got: torch.Tensor, safety: float = SAFETY) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The truth, how far off got may be, and where both are finite numbers of got's dtype; all of got's shape."""
+    store = torch.finfo(got.dtype)
+    with np.errstate(all="ignore"):
+        v, e = ball.v.reshape(got.shape), ball.e.reshape(got.shape)
+        tiny = store.smallest_normal * (store.eps if got.dtype is torch.float16 else 1)
+        bar = safety * e + store.eps * np.abs(v) + tiny
+        return v, bar, np.isfinite(v) & np.isfinite(bar) & (np.abs(v) + bar < store.max)
+
+
 def exceeds(got: torch.Tensor, ball: Ball, safety: float = SAFETY) -> tuple[float, str]:
     """The largest error in units of what is allowed, inf where got is not finite, and where it is, in words.
 
     Over the elements whose truth and bar are finite numbers of got's dtype.
     """
-    store = torch.finfo(got.dtype)
-    v, e, value = ball.v.reshape(got.shape), ball.e.reshape(got.shape), got.detach().double().numpy()
+    value = got.detach().double().numpy()
     if not value.size:
         return 0.0, ""
     with np.errstate(all="ignore"):
-        tiny = store.smallest_normal * (store.eps if got.dtype is torch.float16 else 1)
-        bar = safety * e + store.eps * np.abs(v) + tiny
-        sure = np.isfinite(v) & np.isfinite(bar) & (np.abs(v) + bar < store.max)
+        v, bar, sure = allowed(ball, got, safety)
         ratio = np.where(sure, np.abs(value - v) / bar, 0.0)
         ratio = np.nan_to_num(ratio, nan=np.inf)
     place = np.unravel_index(ratio.argmax(), ratio.shape)

@@ -328,7 +328,9 @@ def _numbers(call, results, x, grad, params):
         wrong += _beside_plain(call, floats, balls, x, grad, params)
     if call.fused and call.training and "d conv1.bias" in floats and not special and floats["d conv1.bias"].any():
         wrong.append("d conv1.bias is not exactly zero")
-    return wrong + (_special(call, floats, x, grad, params, at_a_jump) if special or wrong else [])
+    if special or wrong:
+        wrong += _special(call, floats, x, grad, params, at_a_jump, {} if overflows else balls)
+    return wrong
 
 
 # Children that round to half precision after every operation have wide bars; there the root mean square of the
@@ -354,7 +356,7 @@ def _beside_plain(call, results, balls, x, grad, params):
     return wrong
 
 
-def _special(call, results, x, grad, params, at_a_jump):
+def _special(call, results, x, grad, params, at_a_jump, balls):
     """NaN and infinities where plain PyTorch has them in float64 as well as in this dtype, and no others."""
     wrong, theirs = [], []
     for dtype in (None, torch.float64):
@@ -364,6 +366,8 @@ def _special(call, results, x, grad, params, at_a_jump):
         plain, truth = theirs[0][name], theirs[1][name]
         largest = min(torch.finfo(dtype).max for dtype in (value.dtype, call.dtype))
         near_the_top = truth.isfinite() & (truth.abs() > 0.5 * largest)
+        if balls:  # whose rounding may go beyond the largest number
+            near_the_top |= torch.from_numpy(~bounds.allowed(balls[name], value)[2])
         kinds = {"finite": torch.isfinite}
         if not name.startswith("d "):
             kinds |= {"NaN": torch.isnan, "+inf": torch.isposinf}
