@@ -21,7 +21,7 @@ void reduce(const Call& call, const Kernels& k, const Threads& threads, const Ma
   Pieces pieces(call, threads.count);
   int64_t bytes = acc_bytes(call.dtype);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+    Scratch scratch(k.map[(int)call.dtype].plane_scratch(s.h, s.w, s.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane_of(call, p, grad, scratch);
@@ -216,7 +216,7 @@ struct MixBackward {
       mix.axpy(x);
     };
     auto form_dx = [&](const Piece& p, const AxisRows& dp) {
-      Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+      Scratch scratch(k.map[(int)b.dtype].plane_scratch(s.h, s.w, s.c));
       PlaneArgs a = plane_of(b, p, b.grad, scratch);
       a.pooled = dp;
       a.gates = rows_of(p, b.saved.gates, s, c, bytes);
@@ -339,7 +339,7 @@ void pool_backward(const PoolArgs& p, const Threads& all_threads) {
   Pieces pieces(p, threads.count, p.nhwc ? Pieces::rows : Pieces::channels);
   int64_t bytes = acc_bytes(p.dtype), c = p.shape.c;
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(p.shape.h, p.shape.w, p.shape.c));
+    Scratch scratch(k.map[(int)p.dtype].plane_scratch(p.shape.h, p.shape.w, p.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       PlaneArgs a = plane_args(p, pieces[i], scratch);
       void* image = at(p.pooled, pieces[i].image * p.shape.length() * c, bytes);

@@ -7,7 +7,7 @@ namespace {
 const Threads one_thread = {1, nullptr};
 
 void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
-  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
+  Scratch scratch(k.map[(int)f.dtype].plane_scratch(f.shape.h, f.shape.w, f.shape.c));
   PlaneArgs a = plane_args(f, p, scratch);
   a.x = start_of(p, f, f.x);
   a.x_step = f.x.step;
@@ -55,7 +55,7 @@ void gate_map(const ForwardArgs& f, const Kernels& k, const Middle& middle, cons
     expand(f, k, p, from.w, s.w, middle.conv_w, middle.expand_w, middle.bias_w, to.w);
   };
   auto apply_gates = [&](const Piece& p) {
-    Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+    Scratch scratch(k.map[(int)f.dtype].plane_scratch(s.h, s.w, s.c));
     PlaneArgs a = plane_args(f, p, scratch);
     a.x = start_of(p, f, f.x);
     a.x_step = f.x.step;
@@ -274,7 +274,7 @@ void gate(const GateArgs& g, const Threads& all_threads) {
   Pieces pieces(g, threads.count, g.nhwc ? Pieces::rows : Pieces::channels);
   int64_t bytes = acc_bytes(g.dtype);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(g.shape.h, g.shape.w, g.shape.c));
+    Scratch scratch(k.map[(int)g.dtype].plane_scratch(g.shape.h, g.shape.w, g.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane_args(g, p, scratch);

@@ -1,152 +1,26 @@
 // Gate: out = x * a_w * a_h (+ x). Backward (reduce): dlogits = a (1 - a) * sum of grad * x * the other gate.
+#include "apply.h"
 #include "flat.h"
 
 namespace coordatt {
 namespace COORDATT_LEVEL {
 namespace {
 
-// One nchw plane; the product is formed in the reference's order, (x * a_w) * a_h.
-template <int NV, bool SKIP, class X>
-COORDATT_INLINE void gate_plane(const X* x, X* out, int64_t height, int64_t width, const Acc<X>* gate_h, const Acc<X>* gate_w) {
-  using A = Acc<X>;
-  constexpr int n = lanes<A>;
-  int64_t last = (width - 1) / n * n;
-  Tail<A> tail(width - last);
-  auto part = [&](int64_t w, Vec<A> aw, Vec<A> ah, bool cut) __attribute__((always_inline)) {
-    Vec<A> v = cut ? load(x + w, tail) : load(x + w);
-    Vec<A> y = v * aw * ah;
-    if (SKIP) y += v;
-    if (cut) store(out + w, y, tail); else store(out + w, y);
-  };
-  if constexpr (NV > 0) {
-    Vec<A> aw[NV];
-    for (int j = 0; j < NV; ++j) aw[j] = load(gate_w + j * n);
-    for (int64_t h = 0; h < height; ++h, x += width, out += width) {
-      Vec<A> ah = splat(gate_h[h]);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) part(j * n, aw[j], ah, j == NV - 1);
-    }
-  } else {
-    for (int64_t h = 0; h < height; ++h, x += width, out += width) {
-      Vec<A> ah = splat(gate_h[h]);
-      for (int64_t w = 0; w < last; w += n) part(w, load(gate_w + w), ah, false);
-      part(last, load(gate_w + last), ah, true);
-    }
+template <class A> struct Gating {
+  static constexpr int numbers = 1;
+  static constexpr bool ahead = false;
+  Numbers<A> lines[1];
+  bool skip;
+  COORDATT_MEMBER Vec<A> operator()(Vec<A> x, const Vec<A>* row, const Vec<A>* column) const {
+    Vec<A> out = x * column[0] * row[0];  // in the reference's order
+    if (skip) out += x;
+    return out;
   }
-}
+};
 
-// The small planes [c, c + count), flat.
-template <bool PAIR, bool SKIP, class X>
-COORDATT_OUTLINE void gate_flat(const PlaneArgs& a, int64_t c, int64_t count, const int32_t* row, const int32_t* column,
-                                const float* gate_h, const float* gate_w) {
-#if defined(COORDATT_HAS_FLAT)
-  constexpr int n = lanes<float>;
-  const int64_t size = a.h * a.w, hp = padded(a.h), wp = padded(a.w);
-  for (int64_t i = 0; i < count; ++i) {
-    const X* x = (const X*)a.x + (c + i) * a.x_step;
-    X* out = (X*)a.out + (c + i) * a.out_step;
-    Table<PAIR> ah(gate_h + i * hp), aw(gate_w + i * wp);
-    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
-      vfloat v = load(x + e, cut...);
-      vfloat y = v * aw[load(column + e)] * ah[load(row + e)];
-      if (SKIP) y += v;
-      store(out + e, y, cut...);
-    };
-    int64_t e = 0;
-    for (; e + n <= size; e += n) part(e);
-    if (e < size) part(e, Tail<float>(size - e));
-  }
-#else
-  (void)a, (void)c, (void)count, (void)row, (void)column, (void)gate_h, (void)gate_w;
-#endif
-}
-
-#if defined(COORDATT_SIMD_AVX512)
-// Whole runs of small planes.
-template <bool SKIP, class X>
-COORDATT_OUTLINE void gate_run(const PlaneArgs& a) {
-  FlatRun& run = flat_run;
-  run.set(a.h, a.w);
-  const int64_t size = a.h * a.w;
-  float* tables = (float*)a.scratch;
-  for (int64_t c = a.c0; c < a.c1; c += FlatRun::planes) {
-    int64_t count = min_of<int64_t>(FlatRun::planes, a.c1 - c), elements = count * size;
-    run_tables(a.gates, c, count, a.h, a.w, splat(1.0f), tables);
-    const X* x = (const X*)a.x + c * size;
-    X* out = (X*)a.out + c * size;
-    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
-      int32_t first = run.first[e / 16];
-      vfloat v = load(x + e, cut...);
-      vfloat y = v * look_up(tables, first, load(run.column + e)) * look_up(tables, first, load(run.row + e));
-      if (SKIP) y += v;
-      store(out + e, y, cut...);
-    };
-    int64_t e = 0;
-    for (; e + 16 <= elements; e += 16) part(e);
-    if (e < elements) part(e, Tail<float>(elements - e));
-  }
-}
-#endif
-
-template <bool SKIP, class X>
-COORDATT_INLINE void gate_nchw_as(const PlaneArgs& a) {
-  using A = Acc<X>;
-  constexpr int n = lanes<A>;
-#if defined(COORDATT_SIMD_AVX512)
-  if constexpr (sizeof(A) == 4)
-    if (FlatRun::fits(a.h, a.w) && a.x_step == a.h * a.w && a.out_step == a.x_step) return gate_run<SKIP, X>(a);
-#endif
-  int64_t hp = padded(a.h), wp = padded(a.w);
-  A* gate_h = (A*)a.scratch;
-  A* gate_w = gate_h + n * hp;
-  int32_t* row = (int32_t*)(gate_w + n * wp);
-  int32_t* column = row + flat_elements;
-  const bool flat = is_flat<A>(a.h, a.w), pair = a.h > n || a.w > n;
-  if (flat) flat_indices(a.h, a.w, row, column);
-  for (int64_t c = a.c0; c < a.c1; c += n) {
-    int64_t count = min_of<int64_t>(n, a.c1 - c);
-    rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
-    rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
-    if constexpr (sizeof(A) == 4) {
-      if (flat && pair) gate_flat<true, SKIP, X>(a, c, count, row, column, gate_h, gate_w);
-      else if (flat) gate_flat<false, SKIP, X>(a, c, count, row, column, gate_h, gate_w);
-      if (flat) continue;
-    }
-    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < count; ++i)
-        gate_plane<decltype(nv)::value, SKIP>((const X*)a.x + (c + i) * a.x_step, (X*)a.out + (c + i) * a.out_step, a.h, a.w,
-                                              gate_h + i * hp, gate_w + i * wp);
-    });
-  }
-}
-
-template <class X>
-void gate_nchw(const PlaneArgs& a) {
-  if (a.skip) gate_nchw_as<true, X>(a); else gate_nchw_as<false, X>(a);
-}
-
-template <class X>
-void gate_nhwc(const PlaneArgs& a) {
-  using A = Acc<X>;
-  constexpr int n = lanes<A>;
-  int64_t last = a.c0 + (a.c1 - a.c0 - 1) / n * n;
-  Tail<A> tail(a.c1 - last);
-  for (int64_t h = 0; h < a.h; ++h)
-    for (int64_t w = 0; w < a.w; ++w) {
-      int64_t pixel = h * a.w + w;
-      const X* x = (const X*)a.x + pixel * a.x_step;
-      X* out = (X*)a.out + pixel * a.out_step;
-      const A* ah = (const A*)a.gates.h + h * a.gates.ld;
-      const A* aw = (const A*)a.gates.w + w * a.gates.ld;
-      auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
-        Vec<A> v = load(x + c, cut...);
-        Vec<A> y = v * load(aw + c, cut...) * load(ah + c, cut...);
-        if (a.skip) y += v;
-        store(out + c, y, cut...);
-      };
-      for (int64_t c = a.c0; c < last; c += n) part(c);
-      part(last, tail);
-    }
+template <bool NHWC, class X>
+void gate(const PlaneArgs& a) {
+  apply<NHWC, X>(a, Elements<X>{(const X*)a.x, a.x_step}, Gating<Acc<X>>{{{a.gates}}, a.skip});
 }
 
 // One nchw plane of grad and x: parts[h * stride] = lane-wise sum of t * a_w, columns[w] = sum of t * a_h, t = grad * x.
@@ -399,7 +273,7 @@ COORDATT_OUTLINE void reduce_through(const PlaneArgs& a) {
 template <class X>
 void reduce_nhwc(const PlaneArgs& a) {
   constexpr int n = lanes<Acc<X>>;
-  if (walks_through<X>(a)) return reduce_through<X>(a);
+  if (sums_walk<true, X>(a) == Walk::pixels) return reduce_through<X>(a);
   int64_t c = a.c0;
   for (; c + 2 * n <= a.c1; c += 2 * n) reduce_channels<2, X>(a, c);
   for (; c + n <= a.c1; c += n) reduce_channels<1, X>(a, c);
@@ -408,8 +282,8 @@ void reduce_nhwc(const PlaneArgs& a) {
 
 template <class X>
 COORDATT_INLINE void add(MapKernels& k) {
-  k.gate[0] = gate_nchw<X>;
-  k.gate[1] = gate_nhwc<X>;
+  k.gate[0] = gate<false, X>;
+  k.gate[1] = gate<true, X>;
   k.gate_reduce[0] = reduce_nchw<X>;
   k.gate_reduce[1] = reduce_nhwc<X>;
 }

@@ -1,4 +1,5 @@
 // Pool: x -> row and column means. Backward (spread): dx = grad * a_h * a_w + dp_h / W + dp_w / H.
+#include "apply.h"
 #include "flat.h"
 
 namespace coordatt {
@@ -234,191 +235,43 @@ template <class X>
 void pool_nhwc(const PlaneArgs& a) {
   constexpr int n = lanes<Acc<X>>;
   constexpr int CV = COORDATT_VBYTES == 64 ? 4 : 2;
-  if (walks_through<X>(a)) return pool_through<X>(a);
+  if (sums_walk<true, X>(a) == Walk::pixels) return pool_through<X>(a);
   int64_t c = a.c0;
   for (; c + CV * n <= a.c1; c += CV * n) pool_channels<CV, X>(a, c);
   for (; c + n <= a.c1; c += n) pool_channels<1, X>(a, c);
   if (c < a.c1) pool_channels<0, X>(a, c);
 }
 
-// One nchw plane of dx. grad may be null: then only the pooling's part.
-template <int NV, bool GRAD, class X>
-COORDATT_INLINE void spread_plane(const X* grad, X* dx, int64_t height, int64_t width, const Acc<X>* gate_h,
-                                  const Acc<X>* gate_w, const Acc<X>* pooled_h, const Acc<X>* pooled_w, bool skip) {
+// dx of the pooling alone: what the rows' and columns' means pass back.
+template <bool NHWC, class A> struct Means {
+  static constexpr int numbers = 1;
+  static constexpr bool ahead = true;
+  Numbers<A> lines[1];
+  COORDATT_MEMBER Vec<A> operator()(int, const Vec<A>* row, const Vec<A>* column) const {
+    return NHWC ? fma(row[0], splat(lines[0].of_row), column[0] * lines[0].of_column) : column[0] + row[0];
+  }
+};
+
+// The same beside the gate's part, grad * a_w * a_h (+ grad).
+template <bool NHWC, class A> struct Spreading {
+  static constexpr int numbers = 2;
+  static constexpr bool ahead = true;
+  Numbers<A> lines[2];  // gates; means
+  bool skip;
+  COORDATT_MEMBER Vec<A> operator()(Vec<A> grad, const Vec<A>* row, const Vec<A>* column) const {
+    const Means<NHWC, A> means{{lines[1]}};
+    Vec<A> dx = fma(grad * column[0], row[0], means(0, row + 1, column + 1));
+    if (skip) dx += grad;
+    return dx;
+  }
+};
+
+template <bool NHWC, class X>
+void spread(const PlaneArgs& a) {
   using A = Acc<X>;
-  constexpr int n = lanes<A>;
-  constexpr int64_t ahead = prefetch_bytes / sizeof(X);
-  int64_t last = (width - 1) / n * n;
-  Tail<A> tail(width - last);
-  auto part = [&](int64_t w, Vec<A> aw, Vec<A> pw, Vec<A> ah, Vec<A> ph, bool cut) __attribute__((always_inline)) {
-    Vec<A> v = pw + ph;
-    if (GRAD) {
-      prefetch(grad + w + ahead);
-      Vec<A> g = cut ? load(grad + w, tail) : load(grad + w);
-      v = fma(g * aw, ah, v);
-      if (skip) v += g;
-    }
-    if (cut) store(dx + w, v, tail); else store(dx + w, v);
-  };
-  if constexpr (NV > 0) {
-    Vec<A> aw[NV], pw[NV];
-    for (int j = 0; j < NV; ++j) {
-      if (GRAD) aw[j] = load(gate_w + j * n);
-      pw[j] = load(pooled_w + j * n);
-    }
-    for (int64_t h = 0; h < height; ++h, grad += width, dx += width) {
-      Vec<A> ah = splat(GRAD ? gate_h[h] : A(0)), ph = splat(pooled_h[h]);
-#pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) part(j * n, aw[j], pw[j], ah, ph, j == NV - 1);
-    }
-  } else {
-    for (int64_t h = 0; h < height; ++h, grad += width, dx += width) {
-      Vec<A> ah = splat(GRAD ? gate_h[h] : A(0)), ph = splat(pooled_h[h]);
-      for (int64_t w = 0; w < last; w += n)
-        part(w, GRAD ? load(gate_w + w) : Vec<A>{}, load(pooled_w + w), ah, ph, false);
-      part(last, GRAD ? load(gate_w + last) : Vec<A>{}, load(pooled_w + last), ah, ph, true);
-    }
-  }
-}
-
-// The same for the small planes [c, c + count), flat.
-template <bool PAIR, class X>
-COORDATT_OUTLINE void spread_flat(const PlaneArgs& a, int64_t c, int64_t count, const int32_t* row, const int32_t* column,
-                                  const float* gate_h, const float* gate_w, const float* pooled_h, const float* pooled_w) {
-#if defined(COORDATT_HAS_FLAT)
-  constexpr int n = lanes<float>;
-  const int64_t size = a.h * a.w, hp = padded(a.h), wp = padded(a.w);
-  for (int64_t i = 0; i < count; ++i) {
-    const X* grad = (const X*)a.grad + (c + i) * a.grad_step;
-    X* dx = (X*)a.out + (c + i) * a.out_step;
-    Table<PAIR> ah(gate_h + i * hp), aw(gate_w + i * wp), ph(pooled_h + i * hp), pw(pooled_w + i * wp);
-    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
-      vint r = load(row + e), w = load(column + e);
-      prefetch(grad + e + prefetch_bytes / sizeof(X));
-      vfloat g = load(grad + e, cut...);
-      vfloat v = pw[w] + ph[r];
-      v = fma(g * aw[w], ah[r], v);
-      if (a.skip) v += g;
-      store(dx + e, v, cut...);
-    };
-    int64_t e = 0;
-    for (; e + n <= size; e += n) part(e);
-    if (e < size) part(e, Tail<float>(size - e));
-  }
-#else
-  (void)a, (void)c, (void)count, (void)row, (void)column, (void)gate_h, (void)gate_w, (void)pooled_h, (void)pooled_w;
-#endif
-}
-
-#if defined(COORDATT_SIMD_AVX512)
-// Whole runs of small planes, as the gate's.
-template <class X>
-COORDATT_OUTLINE void spread_run(const PlaneArgs& a) {
-  FlatRun& run = flat_run;
-  run.set(a.h, a.w);
-  const int64_t size = a.h * a.w;
-  const float by_w = 1.0f / (float)a.w, by_h = 1.0f / (float)a.h;
-  vfloat scale;
-  for (int l = 0; l < 16; ++l) scale[l] = l < a.h ? by_w : by_h;
-  float* gates = (float*)a.scratch;
-  float* pooled = gates + (FlatRun::planes + 1) * 16;
-  for (int64_t c = a.c0; c < a.c1; c += FlatRun::planes) {
-    int64_t count = min_of<int64_t>(FlatRun::planes, a.c1 - c), elements = count * size;
-    run_tables(a.gates, c, count, a.h, a.w, splat(1.0f), gates);
-    run_tables(a.pooled, c, count, a.h, a.w, scale, pooled);
-    const X* grad = (const X*)a.grad + c * size;
-    X* dx = (X*)a.out + c * size;
-    auto part = [&](int64_t e, auto... cut) __attribute__((always_inline)) {
-      int32_t first = run.first[e / 16];
-      vint row = load(run.row + e), column = load(run.column + e);
-      prefetch(grad + e + prefetch_bytes / sizeof(X));
-      vfloat g = load(grad + e, cut...);
-      vfloat v = look_up(pooled, first, column) + look_up(pooled, first, row);
-      v = fma(g * look_up(gates, first, column), look_up(gates, first, row), v);
-      if (a.skip) v += g;
-      store(dx + e, v, cut...);
-    };
-    int64_t e = 0;
-    for (; e + 16 <= elements; e += 16) part(e);
-    if (e < elements) part(e, Tail<float>(elements - e));
-  }
-}
-#endif
-
-template <bool GRAD, class X>
-COORDATT_INLINE void spread_nchw_as(const PlaneArgs& a) {
-  using A = Acc<X>;
-  constexpr int n = lanes<A>;
-#if defined(COORDATT_SIMD_AVX512)
-  if constexpr (sizeof(A) == 4 && GRAD)
-    if (FlatRun::fits(a.h, a.w) && a.grad_step == a.h * a.w && a.out_step == a.grad_step) return spread_run<X>(a);
-#endif
-  int64_t hp = padded(a.h), wp = padded(a.w);
-  A* gate_h = (A*)a.scratch;
-  A* gate_w = gate_h + n * hp;
-  A* pooled_h = gate_w + n * wp;
-  A* pooled_w = pooled_h + n * hp;
-  int32_t* row = (int32_t*)(pooled_w + n * wp);
-  int32_t* column = row + flat_elements;
-  const bool flat = GRAD && is_flat<A>(a.h, a.w), pair = a.h > n || a.w > n;
-  if (flat) flat_indices(a.h, a.w, row, column);
-  for (int64_t c = a.c0; c < a.c1; c += n) {
-    int64_t count = min_of<int64_t>(n, a.c1 - c);
-    if (GRAD) {
-      rows_to_tile<A>((const A*)a.gates.h + c, a.gates.ld, a.h, count, A(1), gate_h, hp);
-      rows_to_tile<A>((const A*)a.gates.w + c, a.gates.ld, a.w, count, A(1), gate_w, wp);
-    }
-    rows_to_tile<A>((const A*)a.pooled.h + c, a.pooled.ld, a.h, count, A(1) / (A)a.w, pooled_h, hp);
-    rows_to_tile<A>((const A*)a.pooled.w + c, a.pooled.ld, a.w, count, A(1) / (A)a.full_h, pooled_w, wp);
-    if constexpr (sizeof(A) == 4) {
-      if (flat && pair) spread_flat<true, X>(a, c, count, row, column, gate_h, gate_w, pooled_h, pooled_w);
-      else if (flat) spread_flat<false, X>(a, c, count, row, column, gate_h, gate_w, pooled_h, pooled_w);
-      if (flat) continue;
-    }
-    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < count; ++i)
-        spread_plane<decltype(nv)::value, GRAD>((const X*)a.grad + (c + i) * a.grad_step, (X*)a.out + (c + i) * a.out_step,
-                                                a.h, a.w, gate_h + i * hp, gate_w + i * wp, pooled_h + i * hp,
-                                                pooled_w + i * wp, a.skip);
-    });
-  }
-}
-
-template <class X>
-void spread_nchw(const PlaneArgs& a) {
-  if (a.grad) spread_nchw_as<true, X>(a); else spread_nchw_as<false, X>(a);
-}
-
-template <class X>
-void spread_nhwc(const PlaneArgs& a) {
-  using A = Acc<X>;
-  constexpr int n = lanes<A>;
-  constexpr int64_t ahead = prefetch_bytes / sizeof(X);
-  int64_t last = a.c0 + (a.c1 - a.c0 - 1) / n * n;
-  Tail<A> tail(a.c1 - last);
-  A by_w = A(1) / (A)a.w, by_h = A(1) / (A)a.full_h;
-  for (int64_t h = 0; h < a.h; ++h)
-    for (int64_t w = 0; w < a.w; ++w) {
-      int64_t pixel = h * a.w + w;
-      X* dx = (X*)a.out + pixel * a.out_step;
-      const A* ph = (const A*)a.pooled.h + h * a.pooled.ld;
-      const A* pw = (const A*)a.pooled.w + w * a.pooled.ld;
-      const X* g = (const X*)a.grad + pixel * a.grad_step;
-      const A* ah = (const A*)a.gates.h + h * a.gates.ld;
-      const A* aw = (const A*)a.gates.w + w * a.gates.ld;
-      auto part = [&](int64_t c, auto... cut) __attribute__((always_inline)) {
-        Vec<A> v = fma(load(ph + c, cut...), splat(by_w), load(pw + c, cut...) * by_h);
-        if (a.grad) {
-          prefetch(g + c + ahead);
-          Vec<A> gv = load(g + c, cut...);
-          v = fma(gv * load(aw + c, cut...), load(ah + c, cut...), v);
-          if (a.skip) v += gv;
-        }
-        store(dx + c, v, cut...);
-      };
-      for (int64_t c = a.c0; c < last; c += n) part(c);
-      part(last, tail);
-    }
+  const Numbers<A> means = {a.pooled, A(1) / (A)a.w, A(1) / (A)a.full_h};
+  if (!a.grad) return apply<NHWC, X>(a, Nothing(), Means<NHWC, A>{{means}});
+  apply<NHWC, X>(a, Elements<X>{(const X*)a.grad, a.grad_step}, Spreading<NHWC, A>{{{a.gates}, means}, a.skip});
 }
 
 template <class X>
@@ -443,8 +296,9 @@ template <class X>
 COORDATT_INLINE void add(MapKernels& k) {
   k.pool[0] = pool_nchw<X>;
   k.pool[1] = pool_nhwc<X>;
-  k.spread[0] = spread_nchw<X>;
-  k.spread[1] = spread_nhwc<X>;
+  k.spread[0] = spread<false, X>;
+  k.spread[1] = spread<true, X>;
+  k.plane_scratch = plane_scratch<X>;
   k.to_acc = to_acc<X>;
   k.from_acc = from_acc<X>;
 }

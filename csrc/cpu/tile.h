@@ -109,11 +109,6 @@ COORDATT_INLINE void with_row_vectors(int64_t w, F&& body) {
   }
 }
 
-// Whether an nhwc map is larger than an L2 and wider than one channel block.
-template <class X> COORDATT_INLINE bool walks_through(const PlaneArgs& a) {
-  return a.c1 - a.c0 > 64 && a.h * a.w * a.x_step * (int64_t)sizeof(X) > (1 << 21);
-}
-
 }  // namespace
 }  // namespace COORDATT_LEVEL
 }  // namespace coordatt
