@@ -1,6 +1,6 @@
 // What the bindings of every backend share, on the libtorch stable ABI: checks of what the kernels take for granted,
 // tensors turned into the structs of coordatt.h, the fused operators, and all schemas. Only this file, library.cpp and
-// cuda/bindings.cpp see torch.
+// the backends' bindings.cpp see torch.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -351,8 +351,7 @@ template <class Backend> struct Fused {
   static void infer(const Tensor& x, const ForwardTensors& tensors, int64_t activation, bool skip, const MaybeTensor& given_out,
                     MaybeTensor& made_out) {
     CHECK(tensors.bn_mean.has_value() == tensors.bn_var.has_value(), "bn_mean and bn_var go together");
-    ForwardArgs args{};
-    (Call&)args = call_of(x, tensors.bn_mean ? 1 : 0, activation, skip);
+    ForwardArgs args(call_of(x, tensors.bn_mean ? 1 : 0, activation, skip));
     Parameters params(x);
     set_params(args, tensors, params);
     Tensor in = native(x, args.nhwc);
@@ -400,8 +399,7 @@ template <class Backend> struct Fused {
                                      const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
     CHECK(norm == 2 || !(running_mean || running_var || num_batches_tracked),
           "running statistics move under batch statistics (norm 2) only");
-    ForwardArgs args{};
-    (Call&)args = call_of(x, norm, activation, skip);
+    ForwardArgs args(call_of(x, norm, activation, skip));
     Parameters params(x);
     set_params(args, FORWARD_TENSORS, params);
     const Shape& s = args.shape;
@@ -429,8 +427,7 @@ template <class Backend> struct Fused {
                             const Tensor& gates, const Tensor& mean, const Tensor& var, const Tensor& conv1_weight,
                             const MaybeTensor& bn_weight, const MaybeTensor& bn_bias, double eps, const Tensor& conv_h_weight,
                             const Tensor& conv_w_weight, int64_t norm, int64_t activation, bool skip, int64_t needs) {
-    BackwardArgs args{};
-    (Call&)args = call_of(x, norm, activation, skip);
+    BackwardArgs args(call_of(x, norm, activation, skip));
     check_like(grad, x, "grad");
     CHECK(conv1_weight.dim() == 4, "conv1_weight must be [M, C, 1, 1]");
     Shape& s = args.shape;

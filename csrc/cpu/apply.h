@@ -3,6 +3,7 @@
 // A functor f of an accumulate type A has
 //   numbers                      how many numbers a line (a row or a column) says
 //   lines[numbers]               where they stand, and what they are multiplied by (f does that itself in nhwc)
+//   ahead                        whether x is fetched ahead of the walk
 //   operator()(x, row, column)   x: what the source read; row, column: vectors [numbers]
 // The source (walks.h: Elements, or Nothing) reads x.
 #pragma once

@@ -7,7 +7,7 @@
 //   pairs     elements of two rows           sums; nchw, AVX-512, W <= 16, short planes
 //   plane     elements of one row            any other nchw
 //   channels  channels of one pixel          sums; nhwc: one group of channels at a time, over all pixels
-//   pixels    channels of one pixel          nhwc: one pixel at a time, all its channels (sums: of large maps)
+//   pixels    channels of one pixel          nhwc: one pixel at a time, all its channels (sums: of large maps only)
 //
 // run, flat and pairs fill vectors that rows of 7 or 14 would leave half empty; none of them exists in float64.
 #pragma once
@@ -35,7 +35,7 @@ template <bool NHWC, bool READS, class A> COORDATT_INLINE Walk apply_walk(const 
 
 template <bool NHWC, class X> COORDATT_INLINE Walk sums_walk(const PlaneArgs& a) {
   if (NHWC) {
-    const bool one_group = a.c1 - a.c0 <= 64;
+    const bool one_group = a.c1 - a.c0 <= narrow_pixel;
     return !one_group && a.h * a.w * a.x_step * (int64_t)sizeof(X) > large_map ? Walk::pixels : Walk::channels;
   }
   if (has_pairs && sizeof(Acc<X>) == 4 && a.w <= 16 && a.h <= short_plane) return Walk::pairs;
@@ -127,6 +127,28 @@ template <class X, class R = AsIs> struct Elements {
   COORDATT_MEMBER Run run(int64_t c) const { return {data + c * step, c, read}; }
   COORDATT_MEMBER bool back_to_back(int64_t size) const { return step == size; }
 };
+
+// The product of two maps.
+template <class P, class Q> struct Both {
+  P p;
+  Q q;
+  template <class... I> COORDATT_MEMBER auto at(I... i) const { return p.at(i...) * q.at(i...); }
+  template <class F, class... Cut> COORDATT_MEMBER auto by(const F& from, Cut... cut) const {
+    return p.by(from, cut...) * q.by(from, cut...);
+  }
+  COORDATT_MEMBER void ahead(int64_t i) const {
+    p.ahead(i);
+    q.ahead(i);
+  }
+  COORDATT_MEMBER void next(int64_t elements) {
+    p.next(elements);
+    q.next(elements);
+  }
+  COORDATT_MEMBER auto plane(int64_t c) const { return both(p.plane(c), q.plane(c)); }
+  COORDATT_MEMBER auto pixel(int64_t i) const { return both(p.pixel(i), q.pixel(i)); }
+  template <class R, class T> static COORDATT_MEMBER Both<R, T> both(R r, T t) { return {r, t}; }
+};
+template <class P, class Q> COORDATT_INLINE Both<P, Q> product(P p, Q q) { return {p, q}; }
 
 }  // namespace
 }  // namespace COORDATT_LEVEL
