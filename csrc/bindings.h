@@ -385,8 +385,7 @@ template <class Backend> struct Fused {
   static void infer(const Tensor& x, const ForwardTensors& tensors, int64_t activation, bool skip, const MaybeTensor& given_out,
                     MaybeTensor& made_out) {
     CHECK(tensors.bn_mean.has_value() == tensors.bn_var.has_value(), "bn_mean and bn_var go together");
-    ForwardArgs args{};
-    (Call&)args = call_of(x, (int64_t)(tensors.bn_mean ? Norm::given : Norm::none), activation, skip);
+    ForwardArgs args(call_of(x, (int64_t)(tensors.bn_mean ? Norm::given : Norm::none), activation, skip));
     Parameters params(x);
     set_params(args, tensors, params);
     Tensor in = native(x, args.nhwc);
@@ -432,8 +431,7 @@ template <class Backend> struct Fused {
   static Trained attend_train_update(const Tensor& x, FORWARD_PARAMETERS, int64_t norm, int64_t activation, bool skip,
                                      const MaybeTensor& running_mean, const MaybeTensor& running_var,
                                      const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
-    ForwardArgs args{};
-    (Call&)args = call_of(x, norm, activation, skip);
+    ForwardArgs args(call_of(x, norm, activation, skip));
     CHECK(args.norm == Norm::batch || !(running_mean || running_var || num_batches_tracked),
           "running statistics move under batch statistics (norm 2) only");
     Parameters params(x);
@@ -463,8 +461,7 @@ template <class Backend> struct Fused {
                             const Tensor& gates, const Tensor& mean, const Tensor& var, const Tensor& conv1_weight,
                             const MaybeTensor& bn_weight, const MaybeTensor& bn_bias, double eps, const Tensor& conv_h_weight,
                             const Tensor& conv_w_weight, int64_t norm, int64_t activation, bool skip, int64_t needs) {
-    BackwardArgs args{};
-    (Call&)args = call_of(x, norm, activation, skip);
+    BackwardArgs args(call_of(x, norm, activation, skip));
     check_like(grad, x, "grad");
     CHECK(conv1_weight.dim() == 4, "conv1_weight must be [M, C, 1, 1]");
     Shape& s = args.shape;

@@ -6,6 +6,11 @@
 namespace coordatt {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+// What is computed in, and sizes in bytes.
+inline DType acc_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
+inline int bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+inline int acc_bytes_of(DType t) { return bytes_of(acc_of(t)); }
+
 enum class Activation : int { hard_swish = 0, silu = 1, relu = 2, relu6 = 3 };
 constexpr int activations = (int)Activation::relu6 + 1;  // the last one's
 enum class Norm : int { none = 0, given = 1, batch = 2 };
@@ -84,6 +89,7 @@ struct RunningStatistics {
 };
 
 struct ForwardArgs : Call {
+  explicit ForwardArgs(const Call& call) : Call(call) {}
   Map x, out;
   Saved saved;  // all null in inference
 };
@@ -95,6 +101,7 @@ struct Gradients {
 };
 
 struct BackwardArgs : Call {
+  explicit BackwardArgs(const Call& call) : Call(call) {}
   Map grad, x;
   Saved saved;
   Gradients out;
@@ -109,14 +116,16 @@ struct MixGradients {
 
 // The pool pass alone and the gate pass alone, for modules whose middle runs elsewhere.
 struct PoolArgs : Call {
-  Map x;             // forward in, or dx out
-  void* pooled;      // [N, H+W, C] accumulate type: means, or their gradients
+  explicit PoolArgs(const Call& call) : Call(call) {}
+  Map x;                   // forward in, or dx out
+  void* pooled = nullptr;  // [N, H+W, C] accumulate type: means, or their gradients
 };
 struct GateArgs : Call {
-  Map x, out;        // backward: out is dx
-  Map grad;          // backward only
-  void* gates;       // [R, C] accumulate type, after the sigmoid
-  void* dlogits;     // backward only: [R, C], gradient before the sigmoid
+  explicit GateArgs(const Call& call) : Call(call) {}
+  Map x, out;               // backward: out is dx
+  Map grad;                 // backward only
+  void* gates = nullptr;    // [R, C] accumulate type, after the sigmoid
+  void* dlogits = nullptr;  // backward only: [R, C], gradient before the sigmoid
 };
 
 // How a backend runs tasks: body(context, begin, end) over [0, count) in contiguous chunks, one per thread.

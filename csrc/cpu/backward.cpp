@@ -1,12 +1,11 @@
 // Backward of a whole call: gate (reduce), mix, pool (spread).
 #include <math.h>
 
-#include "work.h"
+#include "middle.h"
+#include "tuning.h"
 
 namespace coordatt {
 namespace {
-
-constexpr int64_t block = 128;  // rows of the middle a task takes; fixed, so that sums do not depend on threads
 
 PlaneArgs plane_of(const Call& call, const Piece& p, const Map& grad, Scratch& scratch) {
   PlaneArgs a = plane_args(call, p, scratch);
@@ -19,9 +18,9 @@ PlaneArgs plane_of(const Call& call, const Piece& p, const Map& grad, Scratch& s
 void reduce(const Call& call, const Kernels& k, const Threads& threads, const Map& grad, const Map& x, void* gates, void* ds) {
   const Shape& s = call.shape;
   Pieces pieces(call, threads.count);
-  int64_t bytes = acc_bytes(call.dtype);
+  int64_t bytes = acc_bytes_of(call.dtype);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+    Scratch scratch(k.map[(int)call.dtype].plane_scratch(s.h, s.w, s.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane_of(call, p, grad, scratch);
@@ -34,20 +33,21 @@ void reduce(const Call& call, const Kernels& k, const Threads& threads, const Ma
   });
 }
 
-// Rows of the middle in blocks: h rows first, then w rows.
-struct RowBlock {
+// Rows of the middle by the task: h rows first, then w rows.
+struct RowTask {
   int64_t first, count;
   bool is_h;
 };
-struct RowBlocks {
-  int64_t h_rows, w_rows, h_blocks, w_blocks;
-  explicit RowBlocks(const Shape& s)
-      : h_rows(s.n * s.h), w_rows(s.n * s.w), h_blocks((h_rows + block - 1) / block), w_blocks((w_rows + block - 1) / block) {}
-  int64_t count() const { return h_blocks + w_blocks; }
-  RowBlock operator[](int64_t i) const {
-    bool is_h = i < h_blocks;
-    int64_t offset = is_h ? i * block : (i - h_blocks) * block, rows = is_h ? h_rows : w_rows;
-    return {offset + (is_h ? 0 : h_rows), offset + block < rows ? block : rows - offset, is_h};
+struct RowTasks {
+  int64_t h_rows, w_rows, h_tasks, w_tasks;
+  explicit RowTasks(const Shape& s)
+      : h_rows(s.n * s.h), w_rows(s.n * s.w),
+        h_tasks((h_rows + backward_rows - 1) / backward_rows), w_tasks((w_rows + backward_rows - 1) / backward_rows) {}
+  int64_t count() const { return h_tasks + w_tasks; }
+  RowTask operator[](int64_t i) const {
+    bool is_h = i < h_tasks;
+    int64_t offset = is_h ? i * backward_rows : (i - h_tasks) * backward_rows, rows = is_h ? h_rows : w_rows;
+    return {offset + (is_h ? 0 : h_rows), offset + backward_rows < rows ? backward_rows : rows - offset, is_h};
   }
 };
 
@@ -61,18 +61,18 @@ struct MixBackward {
   void *ds, *dz, *y;  // [R, C], [R, M], [R, M]
 
   MixBackward(const BackwardArgs& args, const Kernels& kernels, const Middle& mid, const MixGradients& to)
-      : b(args), k(kernels), mix(mix_of(kernels, args.dtype)), middle(mid), bytes(acc_bytes(args.dtype)),
+      : b(args), k(kernels), mix(mix_of(kernels, args.dtype)), middle(mid), bytes(acc_bytes_of(args.dtype)),
         c(args.shape.c), m(args.shape.m), rows(args.shape.rows()), ds(to.dlogits), dz(to.du), y(to.y) {}
 
   // ds -> du (in dz's place) and y; sums: [2, M], of du and of du * (z - mean).
   void activation(const Threads& threads, double* sums) {
-    RowBlocks blocks(b.shape);
-    Scratch of_blocks(blocks.count() * 2 * m * 8);
-    double* parts = (double*)of_blocks.bytes(0);
-    run(threads, blocks.count(), [&](int64_t begin, int64_t end) {
+    RowTasks tasks(b.shape);
+    Scratch of_tasks(tasks.count() * 2 * m * 8);
+    double* parts = (double*)of_tasks.bytes(0);
+    run(threads, tasks.count(), [&](int64_t begin, int64_t end) {
       Scratch scratch(act_scratch_bytes(m));
       for (int64_t i = begin; i < end; ++i) {
-        RowBlock r = blocks[i];
+        RowTask r = tasks[i];
         DotArgs d{};
         d.a = at(ds, r.first * c, bytes); d.lda = c;
         d.b = r.is_h ? middle.expand_h : middle.expand_w; d.ldb = c;
@@ -95,14 +95,14 @@ struct MixBackward {
     });
     for (int64_t i = 0; i < 2 * m; ++i) {
       sums[i] = 0;
-      for (int64_t j = 0; j < blocks.count(); ++j) sums[i] += parts[j * 2 * m + i];
+      for (int64_t j = 0; j < tasks.count(); ++j) sums[i] += parts[j * 2 * m + i];
     }
   }
 
   template <class A>
   void put(const Param& to, int64_t i, double value) {
     A v = (A)value;
-    if (to) k.map[(int)to.dtype].from_acc(&v, (char*)to.data + i * dtype_bytes(to.dtype), 1);
+    if (to) k.map[(int)to.dtype].from_acc(&v, (char*)to.data + i * bytes_of(to.dtype), 1);
   }
 
   // du -> dz in place, and the gradients of bn's parameters and conv1's bias. all_sums: over the rows that the batch
@@ -125,8 +125,8 @@ struct MixBackward {
       // Under batch statistics the mean takes any shift out again: exactly zero.
       put<A>(b.out.conv1_bias, i, batch ? 0.0 : scale[i] * du);
     }
-    run(threads, (rows + block - 1) / block, [&](int64_t begin, int64_t end) {
-      int64_t r0 = begin * block, r1 = end * block < rows ? end * block : rows;
+    run(threads, (rows + backward_rows - 1) / backward_rows, [&](int64_t begin, int64_t end) {
+      int64_t r0 = begin * backward_rows, r1 = end * backward_rows < rows ? end * backward_rows : rows;
       NormArgs a{};
       a.z = at(b.saved.squeezed, r0 * m, bytes);
       a.mean = (void*)middle.mean;
@@ -153,20 +153,20 @@ struct MixBackward {
         {b.out.conv_w_weight, b.out.conv_w_bias, at(y, h_rows * m, bytes), at(ds, h_rows * c, bytes), rows - h_rows, true},
         {b.out.conv1_weight, Param{}, dz, b.saved.pooled, rows, false},
     };
-    constexpr int64_t channels = 32;
+    constexpr int64_t channels = panel_channels;
     int64_t groups = (c + channels - 1) / channels;
     run(threads, 3 * groups, [&](int64_t begin, int64_t end) {
       Scratch scratch(Scratch::round(m * channels * bytes) * 2);
       char* sum = (char*)scratch.bytes(m * channels * bytes);
       char* turned = (char*)scratch.bytes(m * channels * bytes);
-      const DType acc = b.dtype == DType::f64 ? DType::f64 : DType::f32;
+      const DType acc = acc_of(b.dtype);
       for (int64_t t = begin; t < end; ++t) {
         const Product& p = products[t % 3];
         const bool direct = p.to.dtype == acc;  // no copy through scratch (960 x 7 x 7: 5 of 110 us)
         int64_t c0 = t / 3 * channels, width = c0 + channels < c ? channels : c - c0;
         if (p.bias) {
           mix.sum_rows(at((void*)p.right, c0, bytes), c, p.rows, 0, width, sum);
-          k.map[(int)p.bias.dtype].from_acc(sum, (char*)p.bias.data + c0 * dtype_bytes(p.bias.dtype), width);
+          k.map[(int)p.bias.dtype].from_acc(sum, (char*)p.bias.data + c0 * bytes_of(p.bias.dtype), width);
         }
         if (!p.to) continue;
         AxpyArgs x{};
@@ -178,15 +178,15 @@ struct MixBackward {
           x.ldo = c;
         }
         x.rows = m; x.c1 = width;
-        for (int64_t r = 0; r < p.rows; r += 2 * block) {
+        for (int64_t r = 0; r < p.rows; r += 2 * backward_rows) {
           x.a = at((void*)p.left, r * m, bytes);
           x.b = at((void*)p.right, r * c + c0, bytes);
-          x.depth = r + 2 * block < p.rows ? 2 * block : p.rows - r;
+          x.depth = r + 2 * backward_rows < p.rows ? 2 * backward_rows : p.rows - r;
           x.accumulate = r > 0;
           mix.axpy(x);
         }
         const MapKernels& store = k.map[(int)p.to.dtype];
-        int64_t size = dtype_bytes(p.to.dtype);
+        int64_t size = bytes_of(p.to.dtype);
         if (p.transposed) {
           void* to = (char*)p.to.data + c0 * m * size;
           mix.transpose(sum, width, m, width, direct ? to : turned, m);
@@ -216,7 +216,7 @@ struct MixBackward {
       mix.axpy(x);
     };
     auto form_dx = [&](const Piece& p, const AxisRows& dp) {
-      Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+      Scratch scratch(k.map[(int)b.dtype].plane_scratch(s.h, s.w, s.c));
       PlaneArgs a = plane_of(b, p, b.grad, scratch);
       a.pooled = dp;
       a.gates = rows_of(p, b.saved.gates, s, c, bytes);
@@ -250,7 +250,7 @@ struct MixBackward {
 };
 
 void zero(const Param& p, int64_t count) {
-  for (int64_t i = 0; p && i < count * dtype_bytes(p.dtype); ++i) ((char*)p.data)[i] = 0;
+  for (int64_t i = 0; p && i < count * bytes_of(p.dtype); ++i) ((char*)p.data)[i] = 0;
 }
 
 bool is_empty(const BackwardArgs& b) { return b.shape.n * b.shape.c * b.shape.h * b.shape.w == 0; }
@@ -294,7 +294,7 @@ void backward(const BackwardArgs& b, const Threads& all_threads) {
   if (is_empty(b)) return zero_all(b);
   const Kernels& k = kernels();
   const Shape& s = b.shape;
-  int64_t bytes = acc_bytes(b.dtype), sums_bytes = Scratch::round(2 * s.m * 8);
+  int64_t bytes = acc_bytes_of(b.dtype), sums_bytes = Scratch::round(2 * s.m * 8);
   int64_t ds_bytes = Scratch::round(s.rows() * s.c * bytes), z_bytes = Scratch::round(s.rows() * s.m * bytes);
   Scratch scratch(Middle::scratch_bytes(b) + ds_bytes + 2 * z_bytes + sums_bytes);
   Middle middle(b, k, scratch, b.norm == Norm::none ? nullptr : b.saved.mean,
@@ -337,9 +337,9 @@ void pool_backward(const PoolArgs& p, const Threads& all_threads) {
   const Kernels& k = kernels();
   Threads threads = worth(all_threads, work_ns(p));
   Pieces pieces(p, threads.count, p.nhwc ? Pieces::rows : Pieces::channels);
-  int64_t bytes = acc_bytes(p.dtype), c = p.shape.c;
+  int64_t bytes = acc_bytes_of(p.dtype), c = p.shape.c;
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(p.shape.h, p.shape.w, p.shape.c));
+    Scratch scratch(k.map[(int)p.dtype].plane_scratch(p.shape.h, p.shape.w, p.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       PlaneArgs a = plane_args(p, pieces[i], scratch);
       void* image = at(p.pooled, pieces[i].image * p.shape.length() * c, bytes);

@@ -15,7 +15,7 @@ Threads threads() { return {(int)torch::stable::get_num_threads(), run_tasks}; }
 
 template <class A> void lerp(const Param& running, int64_t step, const A* batch, int64_t count, double scale, double momentum) {
   const MapKernels& k = kernels().map[(int)running.dtype];
-  int64_t size = running.dtype == DType::f64 ? 8 : running.dtype == DType::f32 ? 4 : 2;
+  int64_t size = bytes_of(running.dtype);
   for (int64_t i = 0; i < count; ++i) {
     char* to = (char*)running.data + i * step * size;
     A v;
@@ -72,8 +72,7 @@ Tensor native(const Tensor& t, bool nhwc) { return Fused<Cpu>::native(t, nhwc); 
 Tensor empty_map(const Tensor& like, bool nhwc) { return Cpu::empty_map(like, nhwc); }
 
 Tensor pool(const Tensor& x) {
-  PoolArgs args{};
-  (Call&)args = call_of(x, 0, 0, false);
+  PoolArgs args(call_of(x, 0, 0, false));
   const Shape& s = args.shape;
   Tensor in = native(x, args.nhwc);
   int64_t length = s.length();
@@ -96,7 +95,7 @@ void gather_rows(const Tensor& t, int64_t length_dim, ScalarType acc, void* to) 
   const MapKernels& k = kernels().map[(int)dtype_of(t, "logits")];
   bool wide = acc == ScalarType::Double;
   CHECK(wide == (t.scalar_type() == ScalarType::Double), "logits must be float64 exactly where x is");
-  int64_t n = t.size(0), c = t.size(1), length = t.size(length_dim), size = (int64_t)t.element_size(), bytes = wide ? 8 : 4;
+  int64_t n = t.size(0), c = t.size(1), length = t.size(length_dim), size = (int64_t)t.element_size(), bytes = wide ? size : 4;
   const void* data = data_of(t, "logits");
   char* out = (char*)to;
   for (int64_t i = 0; i < n; ++i)
@@ -111,8 +110,7 @@ void gather_rows(const Tensor& t, int64_t length_dim, ScalarType acc, void* to) 
 }
 
 Tensor pool_backward(const Tensor& grad, const Tensor& x) {
-  PoolArgs args{};
-  (Call&)args = call_of(x, 0, 0, false);
+  PoolArgs args(call_of(x, 0, 0, false));
   const Shape& s = args.shape;
   CHECK(grad.dim() == 4 && grad.size(0) == s.n && grad.size(1) == s.c && grad.size(2) == s.length() && grad.size(3) == 1,
         "grad must be [N, C, H + W, 1]");
@@ -131,14 +129,13 @@ Tensor gates_of(const Tensor& x, const Call& call, const Tensor& s_h, const Tens
   check_logits(s, x, s_h, s_w);
   Tensor gates = empty2(x, s.rows(), s.c, acc);
   gather_rows(s_h, 2, acc, gates.mutable_data_ptr());
-  gather_rows(s_w, 3, acc, (char*)gates.mutable_data_ptr() + s.n * s.h * s.c * (acc == ScalarType::Double ? 8 : 4));
+  gather_rows(s_w, 3, acc, (char*)gates.mutable_data_ptr() + s.n * s.h * s.c * (int64_t)gates.element_size());
   kernels().mix[acc == ScalarType::Double].sigmoid(gates.mutable_data_ptr(), gates.numel());
   return gates;
 }
 
 Tensor gate(const Tensor& x, const Tensor& s_h, const Tensor& s_w, bool skip) {
-  GateArgs args{};
-  (Call&)args = call_of(x, 0, 0, skip);
+  GateArgs args(call_of(x, 0, 0, skip));
   Tensor gates = gates_of(x, args, s_h, s_w, acc_of(x));
   Tensor in = native(x, args.nhwc), out = empty_map(x, makes_nhwc(x, skip));
   args.x = map_of(in, args.nhwc);
@@ -150,8 +147,7 @@ Tensor gate(const Tensor& x, const Tensor& s_h, const Tensor& s_w, bool skip) {
 
 std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tensor& x, const Tensor& s_h, const Tensor& s_w,
                                                 bool skip) {
-  GateArgs args{};
-  (Call&)args = call_of(x, 0, 0, skip);
+  GateArgs args(call_of(x, 0, 0, skip));
   check_like(grad, x, "grad");
   const Shape& s = args.shape;
   ScalarType acc = acc_of(x);
@@ -165,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tenso
   if (x.numel()) coordatt::gate_backward(args, threads());
   Tensor ds_h = empty_strided(x, {s.n, s.c, s.h, 1}, {s.h * s.c, 1, s.c, s.c}, s_h.scalar_type());
   Tensor ds_w = empty_strided(x, {s.n, s.c, 1, s.w}, {s.w * s.c, 1, s.w * s.c, s.c}, s_w.scalar_type());
-  int64_t bytes = acc == ScalarType::Double ? 8 : 4;
+  int64_t bytes = (int64_t)logits.element_size();
   const Kernels& k = kernels();
   k.map[(int)dtype_of(s_h, "s_h")].from_acc(logits.mutable_data_ptr(), ds_h.mutable_data_ptr(), ds_h.numel());
   k.map[(int)dtype_of(s_w, "s_w")].from_acc((char*)logits.mutable_data_ptr() + s.n * s.h * s.c * bytes,
@@ -194,8 +190,7 @@ const double* joined_data(const Tensor& t, const Tensor& x, int64_t width, const
 }
 
 std::tuple<Tensor, Tensor, Tensor> attend_train_local(const Tensor& x, const Tensor& conv1_weight, const MaybeTensor& conv1_bias) {
-  ForwardArgs args{};
-  (Call&)args = call_of(x, (int64_t)Norm::batch, 0, false);
+  ForwardArgs args(call_of(x, (int64_t)Norm::batch, 0, false));
   Parameters params(x);
   CHECK(conv1_weight.dim() == 4 && conv1_weight.size(0) >= 1, "conv1_weight must be [M, C, 1, 1], M of at least 1");
   Shape& s = args.shape;
@@ -216,8 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_train_joined(
     double eps, const Tensor& conv_h_weight, const MaybeTensor& conv_h_bias, const Tensor& conv_w_weight,
     const MaybeTensor& conv_w_bias, int64_t activation, bool skip, const MaybeTensor& running_mean, const MaybeTensor& running_var,
     const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
-  ForwardArgs args{};
-  (Call&)args = joined_call(x, squeezed, activation, skip, eps);
+  ForwardArgs args(joined_call(x, squeezed, activation, skip, eps));
   const Shape& s = args.shape;
   Parameters params(x);
   args.params.bn_weight = params.numbers(bn_weight, s.m, "bn_weight");
@@ -246,8 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend_backward_local(
     const Tensor& grad, const Tensor& x, const Tensor& squeezed, const Tensor& gates, const Tensor& mean, const Tensor& var,
     const MaybeTensor& bn_weight, const MaybeTensor& bn_bias, double eps, const Tensor& conv_h_weight, const Tensor& conv_w_weight,
     int64_t activation, bool skip) {
-  BackwardArgs args{};
-  (Call&)args = joined_call(x, squeezed, activation, skip, eps);
+  BackwardArgs args(joined_call(x, squeezed, activation, skip, eps));
   const Shape& s = args.shape;
   check_like(grad, x, "grad");
   Parameters params(x);
@@ -276,8 +269,7 @@ GradientTensors attend_backward_joined(const Tensor& grad, const Tensor& x, cons
                                        const Tensor& conv_w_weight, bool skip, const Tensor& moments, const Tensor& dlogits,
                                        const Tensor& du, const Tensor& y, const Tensor& sums, const Tensor& all_sums,
                                        int64_t needs) {
-  BackwardArgs args{};
-  (Call&)args = joined_call(x, squeezed, 0, skip, eps);
+  BackwardArgs args(joined_call(x, squeezed, 0, skip, eps));
   const Shape& s = args.shape;
   check_like(grad, x, "grad");
   Parameters params(x);

@@ -1,5 +1,6 @@
 // Forward of a whole call: which pass runs on which piece, on which thread, in which order.
-#include "work.h"
+#include "middle.h"
+#include "tuning.h"
 
 namespace coordatt {
 namespace {
@@ -7,7 +8,7 @@ namespace {
 const Threads one_thread = {1, nullptr};
 
 void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
-  Scratch scratch(plane_scratch_bytes(f.shape.h, f.shape.w, f.shape.c));
+  Scratch scratch(k.map[(int)f.dtype].plane_scratch(f.shape.h, f.shape.w, f.shape.c));
   PlaneArgs a = plane_args(f, p, scratch);
   a.x = start_of(p, f, f.x);
   a.x_step = f.x.step;
@@ -19,7 +20,7 @@ void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const Ax
 void expand(const ForwardArgs& f, const Kernels& k, const Piece& p, const void* y, int64_t rows, void* weight,
             const void* transposed, const void* bias, void* gates) {
   const MixKernels& mix = mix_of(k, f.dtype);
-  int64_t m = f.shape.m, bytes = acc_bytes(f.dtype);
+  int64_t m = f.shape.m, bytes = acc_bytes_of(f.dtype);
   AxpyArgs e{};
   e.a = y; e.a_row = m; e.a_depth = 1;
   e.bias = bias;
@@ -31,7 +32,7 @@ void expand(const ForwardArgs& f, const Kernels& k, const Piece& p, const void* 
     e.c0 = p.c0; e.c1 = p.c1;
     return mix.axpy(e);
   }
-  constexpr int64_t panel = 32;  // channels transposed at a time: the panel stays in L1
+  constexpr int64_t panel = panel_channels;
   Scratch scratch(m * panel * bytes);
   char* turned = (char*)scratch.bytes(0);
   for (int64_t c = p.c0; c < p.c1; c += panel) {
@@ -48,14 +49,14 @@ void expand(const ForwardArgs& f, const Kernels& k, const Piece& p, const void* 
 // The middle's second half (y -> gates) and the gate.
 void gate_map(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, void* y, void* gates) {
   const Shape& s = f.shape;
-  int64_t bytes = acc_bytes(f.dtype);
+  int64_t bytes = acc_bytes_of(f.dtype);
   auto form_gates = [&](const Piece& p) {
     AxisRows from = rows_of(p, y, s, s.m, bytes), to = rows_of(p, gates, s, s.c, bytes);
     expand(f, k, p, from.h, s.h, middle.conv_h, middle.expand_h, middle.bias_h, to.h);
     expand(f, k, p, from.w, s.w, middle.conv_w, middle.expand_w, middle.bias_w, to.w);
   };
   auto apply_gates = [&](const Piece& p) {
-    Scratch scratch(plane_scratch_bytes(s.h, s.w, s.c));
+    Scratch scratch(k.map[(int)f.dtype].plane_scratch(s.h, s.w, s.c));
     PlaneArgs a = plane_args(f, p, scratch);
     a.x = start_of(p, f, f.x);
     a.x_step = f.x.step;
@@ -83,11 +84,10 @@ void gate_map(const ForwardArgs& f, const Kernels& k, const Middle& middle, cons
 void squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, const void* pooled,
              void* squeezed, void* y) {
   const MixKernels& mix = mix_of(k, f.dtype);
-  int64_t bytes = acc_bytes(f.dtype), c = f.shape.c, m = f.shape.m, rows = f.shape.rows();
-  constexpr int64_t block = 16;
+  int64_t bytes = acc_bytes_of(f.dtype), c = f.shape.c, m = f.shape.m, rows = f.shape.rows();
   Threads t = worth(threads, 0.08 * (double)(rows * c * m));
-  run(t, (rows + block - 1) / block, [&](int64_t begin, int64_t end) {
-    int64_t r0 = begin * block, r1 = end * block < rows ? end * block : rows;
+  run(t, (rows + squeeze_rows - 1) / squeeze_rows, [&](int64_t begin, int64_t end) {
+    int64_t r0 = begin * squeeze_rows, r1 = end * squeeze_rows < rows ? end * squeeze_rows : rows;
     DotArgs d{};
     d.a = at((void*)pooled, r0 * c, bytes); d.lda = c;
     d.b = middle.conv1_weight; d.ldb = c;
@@ -115,7 +115,7 @@ void squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const
 void infer(const ForwardArgs& all, const Kernels& k, const Middle& middle, const Threads& threads, int64_t first,
            int64_t count) {
   ForwardArgs f = all;
-  int64_t size = dtype_bytes(f.dtype), bytes = acc_bytes(f.dtype);
+  int64_t size = bytes_of(f.dtype), bytes = acc_bytes_of(f.dtype);
   f.shape.n = count;
   f.x.data = at(f.x.data, first * f.x.image, size);
   f.out.data = at(f.out.data, first * f.out.image, size);
@@ -136,7 +136,7 @@ void infer(const ForwardArgs& all, const Kernels& k, const Middle& middle, const
 // x -> saved.pooled and saved.squeezed; under batch statistics saved.mean and saved.var, or moments where it is not null.
 void train_squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, double* moments) {
   const Shape& s = f.shape;
-  int64_t bytes = acc_bytes(f.dtype);
+  int64_t bytes = acc_bytes_of(f.dtype);
   Pieces pieces(f, threads.count);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -157,7 +157,7 @@ void train_squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle,
 // saved.squeezed and the statistics -> saved.gates and out.
 void train_gate(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads& threads) {
   const Shape& s = f.shape;
-  int64_t bytes = acc_bytes(f.dtype);
+  int64_t bytes = acc_bytes_of(f.dtype);
   if (f.norm == Norm::batch) {
     middle.mean = f.saved.mean;
     fold_scale(f, k, f.saved.var, middle.scale);
@@ -202,11 +202,11 @@ template <class A> int64_t join(const double* moments, int64_t processes, int64_
 void forward(const ForwardArgs& f, const Threads& all_threads) {
   const Kernels& k = kernels();
   const Shape& s = f.shape;
-  int64_t m_bytes = Scratch::round(s.m * acc_bytes(f.dtype));
+  int64_t m_bytes = Scratch::round(s.m * acc_bytes_of(f.dtype));
   Scratch scratch(2 * m_bytes + Middle::scratch_bytes(f));
   void *mean = nullptr, *var = nullptr;
   if (f.norm == Norm::given) {
-    DType acc = f.dtype == DType::f64 ? DType::f64 : DType::f32;
+    DType acc = acc_of(f.dtype);
     mean = f.saved.mean ? f.saved.mean : scratch.bytes(m_bytes);
     var = f.saved.var ? f.saved.var : scratch.bytes(m_bytes);
     load_param(k, acc, f.params.mean, s.m, mean);
@@ -256,9 +256,8 @@ void pool(const PoolArgs& p, const Threads& all_threads) {
   const Kernels& k = kernels();
   Threads threads = worth(all_threads, work_ns(p));
   Pieces pieces(p, threads.count);
-  int64_t bytes = acc_bytes(p.dtype), c = p.shape.c, length = p.shape.length();
-  ForwardArgs f{};
-  (Call&)f = p;
+  int64_t bytes = acc_bytes_of(p.dtype), c = p.shape.c, length = p.shape.length();
+  ForwardArgs f(p);
   f.x = p.x;
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -272,9 +271,9 @@ void gate(const GateArgs& g, const Threads& all_threads) {
   const Kernels& k = kernels();
   Threads threads = worth(all_threads, work_ns(g));
   Pieces pieces(g, threads.count, g.nhwc ? Pieces::rows : Pieces::channels);
-  int64_t bytes = acc_bytes(g.dtype);
+  int64_t bytes = acc_bytes_of(g.dtype);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(plane_scratch_bytes(g.shape.h, g.shape.w, g.shape.c));
+    Scratch scratch(k.map[(int)g.dtype].plane_scratch(g.shape.h, g.shape.w, g.shape.c));
     for (int64_t i = begin; i < end; ++i) {
       Piece p = pieces[i];
       PlaneArgs a = plane_args(g, p, scratch);

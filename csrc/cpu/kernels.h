@@ -31,7 +31,7 @@ struct PlaneArgs {
   AxisRows gates;    // read
   AxisRows dlogits;  // gate_reduce: written
   bool skip = false;
-  void* scratch = nullptr;  // plane_scratch_bytes
+  void* scratch = nullptr;  // MapKernels::plane_scratch bytes
 };
 
 // Out[r, m] = sum over c of a[r, c] * b[m, c] (+ bias[m]); r in [0, rows), m in [0, cols), c in [0, depth).
@@ -83,6 +83,7 @@ struct MapKernels {
   void (*gate[2])(const PlaneArgs&);         // x, gates -> out
   void (*gate_reduce[2])(const PlaneArgs&);  // grad, x, gates -> dlogits
   void (*spread[2])(const PlaneArgs&);       // grad, gates, pooled -> out (dx); grad null: only the pooling's part
+  int64_t (*plane_scratch)(int64_t h, int64_t w, int64_t c);
   void (*to_acc)(const void* from, void* to, int64_t count);
   void (*from_acc)(const void* from, void* to, int64_t count);
 };
@@ -109,16 +110,6 @@ struct Kernels {
 constexpr int64_t max_lanes = 16;
 inline int64_t padded(int64_t a) { return (a + max_lanes - 1) / max_lanes * max_lanes; }
 
-constexpr int64_t short_plane = 24;      // rows up to which a group of planes is summed together (tile.h)
-constexpr int64_t flat_elements = 1024;  // the largest plane walked as one flat run (gate.cpp)
-
-// nchw: four tiles of lanes x H or W, row parts of a plane or a group of short ones, and the flat walk's indices; nhwc: up
-// to four lines of channels.
-inline int64_t plane_scratch_bytes(int64_t h, int64_t w, int64_t c) {
-  int64_t parts = h <= short_plane ? h * max_lanes : padded(h);
-  int64_t nchw = 2 * max_lanes * (padded(h) + padded(w)) * 8 + parts * 64 + 2 * flat_elements * 4, nhwc = 4 * padded(c) * 8;
-  return nchw > nhwc ? nchw : nhwc;
-}
 inline int64_t act_scratch_bytes(int64_t m) { return 5 * m * max_lanes * 8; }
 
 #define COORDATT_DECLARE_LEVEL(level)                     \

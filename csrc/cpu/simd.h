@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "tuning.h"
 
 #if defined(COORDATT_SIMD_AVX512_BF16)
 #define COORDATT_SIMD_AVX512
@@ -38,6 +39,7 @@
 #endif
 
 #define COORDATT_INLINE static inline __attribute__((always_inline))
+#define COORDATT_MEMBER inline __attribute__((always_inline))  // the same within a class
 
 namespace coordatt {
 namespace COORDATT_LEVEL {
@@ -196,16 +198,16 @@ template <class A> struct Tail {
   int k;
 #if defined(COORDATT_SIMD_AVX512)
   uint32_t mask;
-  explicit inline __attribute__((always_inline)) Tail(int64_t count) : k((int)count), mask((1u << count) - 1u) {}
+  explicit COORDATT_MEMBER Tail(int64_t count) : k((int)count), mask((1u << count) - 1u) {}
 #elif defined(COORDATT_SIMD_AVX2)
   __m256i mask;
-  explicit inline __attribute__((always_inline)) Tail(int64_t count) : k((int)count) {
+  explicit COORDATT_MEMBER Tail(int64_t count) : k((int)count) {
     int32_t m[8];
     for (int i = 0; i < 8; ++i) m[i] = i / (int)(sizeof(A) / 4) < count ? -1 : 0;
     memcpy(&mask, m, 32);
   }
 #else
-  explicit inline __attribute__((always_inline)) Tail(int64_t count) : k((int)count) {}
+  explicit COORDATT_MEMBER Tail(int64_t count) : k((int)count) {}
 #endif
 };
 
@@ -409,12 +411,9 @@ COORDATT_INLINE vfloat sigmoid(vfloat x) {
 }
 #endif
 
-// Software prefetch: the hardware prefetcher stops at page ends, and small maps change page every few planes.
 COORDATT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-constexpr int64_t prefetch_bytes = 4096;
 
 template <class T> COORDATT_INLINE T min_of(T a, T b) { return a < b ? a : b; }
-COORDATT_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 }  // namespace
 }  // namespace COORDATT_LEVEL

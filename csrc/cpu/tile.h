@@ -11,12 +11,9 @@ namespace coordatt {
 namespace COORDATT_LEVEL {
 namespace {
 
-template <class V> COORDATT_INLINE V sigmoid_slope(V a) { return a * (1 - a); }
-
-// rows[l * ld + i] = tile[i * ldt + l] * scale for i < count, l < len; times the slope of the sigmoid there if gates
-// (laid out as rows) is given.
-template <class A>
-COORDATT_OUTLINE void tile_to_rows(const A* tile, int64_t ldt, int64_t len, int64_t count, A scale, const A* gates, A* rows,
+// rows[l * ld + i] = result(tile[i * ldt + l], l) for i < count, l < len.
+template <class A, class F>
+COORDATT_OUTLINE void tile_to_rows(const A* tile, int64_t ldt, int64_t len, int64_t count, const F result, A* rows,
                                    int64_t ld) {
   constexpr int n = lanes<A>;
   Tail<A> tail(count);
@@ -27,12 +24,7 @@ COORDATT_OUTLINE void tile_to_rows(const A* tile, int64_t ldt, int64_t len, int6
     transpose_rows<A>(from, r);
     int64_t valid = min_of<int64_t>(n, len - l0);
     for (int l = 0; l < n; ++l)
-      if (l < valid) {
-        int64_t at = (l0 + l) * ld;
-        Vec<A> v = r[l] * scale;
-        if (gates) v *= sigmoid_slope(load(gates + at, tail));
-        store(rows + at, v, tail);
-      }
+      if (l < valid) store(rows + (l0 + l) * ld, result(r[l], l0 + l, tail), tail);
   }
 }
 
@@ -77,19 +69,16 @@ COORDATT_OUTLINE void sum_row_parts(const A* parts, int64_t len, A* sums) {
   }
 }
 
-// Short planes are summed over a group of channels at once, which leaves the sums where the middle wants them (7 x 7: 20.8
-// to 12.6 us for 960 planes; from about 24 rows on the group no longer fits L1): rows[h * ld + i] = sum of the lanes of
-// parts[h][i], times scale, times the slope as above.
-template <class A>
-COORDATT_OUTLINE void parts_to_rows(const A* parts, int64_t len, int64_t count, A scale, const A* gates, A* rows, int64_t ld) {
+// Short planes' rows are summed over a group of channels at once, which leaves the sums where the middle wants them:
+// rows[h * ld + i] = result(sum of the lanes of parts[h][i], h).
+template <class A, class F>
+COORDATT_OUTLINE void parts_to_rows(const A* parts, int64_t len, int64_t count, const F result, A* rows, int64_t ld) {
   constexpr int n = lanes<A>;
   Tail<A> tail(count);
   for (int64_t h = 0; h < len; ++h) {
     Vec<A> r[n];
     for (int i = 0; i < n; ++i) r[i] = load(parts + (h * n + i) * n);
-    Vec<A> v = sum_each<A>(r) * scale;
-    if (gates) v *= sigmoid_slope(load(gates + h * ld, tail));
-    store(rows + h * ld, v, tail);
+    store(rows + h * ld, result(sum_each<A>(r), h, tail), tail);
   }
 }
 
@@ -107,11 +96,6 @@ COORDATT_INLINE void with_row_vectors(int64_t w, F&& body) {
     case 8: body(std::integral_constant<int, 8>()); break;
     default: body(std::integral_constant<int, 0>()); break;
   }
-}
-
-// Whether an nhwc map is larger than an L2 and wider than one channel block.
-template <class X> COORDATT_INLINE bool walks_through(const PlaneArgs& a) {
-  return a.c1 - a.c0 > 64 && a.h * a.w * a.x_step * (int64_t)sizeof(X) > (1 << 21);
 }
 
 }  // namespace

@@ -53,8 +53,8 @@ class Pieces {
   int64_t images_, groups_, width_, length_, other_;
 };
 
-// Whether an image is better shared by rows than by channels where sums do not forbid it, for all that the middle then
-// needs a parallel loop of its own (2 threads, nhwc: 144 x 56 x 56 118 us against 177; 576 x 7 x 7 34 us against 30).
+// Whether a pass without sums should share an image among threads by rows, not by channels. The middle, which is always
+// shared by channels, then takes a parallel loop of its own.
 bool whole_pixels_pay(const Call&);
 
 template <class F>
@@ -64,8 +64,6 @@ void run(const Threads& threads, int64_t count, const F& body) {
   threads.run(count, [](void* f, int64_t begin, int64_t end) { (*(const F*)f)(begin, end); }, (void*)&body);
 }
 
-inline int64_t acc_bytes(DType t) { return t == DType::f64 ? 8 : 4; }
-inline int64_t dtype_bytes(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 inline const MixKernels& mix_of(const Kernels& k, DType t) { return k.mix[t == DType::f64 ? 1 : 0]; }
 inline char* at(void* base, int64_t elements, int64_t bytes) { return (char*)base + elements * bytes; }
 
@@ -75,7 +73,7 @@ double work_ns(const Call&);
 // Fewer threads for a call too small to repay waking them.
 Threads worth(const Threads& threads, double nanoseconds);
 
-// A piece's rows in a buffer of all rows (DESIGN: n*H + h, then N*H + n*W + w), `width` elements a row.
+// A piece's rows in a buffer of all rows (in the order of coordatt.h's Saved), `width` elements a row.
 AxisRows rows_of(const Piece&, void* base, const Shape& s, int64_t width, int64_t bytes);
 
 // Where a piece's rows begin in its image of a map.
@@ -83,25 +81,5 @@ void* start_of(const Piece&, const Call&, const Map&);
 
 // What every kernel over planes takes, with the rest of the scratch memory for its own.
 PlaneArgs plane_args(const Call&, const Piece&, Scratch&);
-
-// The parameters in the accumulate type, prepared once per call from the caller's scratch.
-struct Middle {
-  void* conv1_weight;              // [M, C]
-  void* conv1_bias;                // [M] or null
-  void* scale; void* shift;        // [M] the normalisation as u = scale * (z - mean) + shift
-  const void* mean;                // [M]
-  void* conv_h; void* conv_w;      // [C, M]
-  void* expand_h; void* expand_w;  // [M, C]: the same transposed, or null where they are transposed as they are used
-  void* bias_h; void* bias_w;      // [C] or null
-  static int64_t scratch_bytes(const Call&);
-  // mean, var: in the accumulate type; null without normalisation or while they are not known.
-  Middle(const Call&, const Kernels&, Scratch&, const void* mean, const void* var, bool transpose);
-};
-
-// scale = bn_weight / sqrt(var + eps), or bn_weight where var is null.
-void fold_scale(const Call&, const Kernels&, const void* var, void* scale);
-
-// Copies a parameter into the accumulate type.
-void load_param(const Kernels&, DType acc, const Param&, int64_t count, void* to);
 
 }  // namespace coordatt

@@ -166,8 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tenso
 
 // Calls f with what a call's forward pass on x would be given.
 template <class F> void with_forward(const Tensor& x, int64_t mid, bool training, F f) {
-  ForwardArgs args{};
-  (Call&)args = call_of(x, training ? 2 : 1, 0, false);
+  ForwardArgs args(call_of(x, training ? 2 : 1, 0, false));
   check_map_fits(args);
   args.shape.m = mid;
   Tensor in = native(x, args.nhwc);

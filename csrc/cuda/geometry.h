@@ -72,10 +72,6 @@ struct Device {
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
-// Bytes of an element.
-inline int bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
-inline int acc_bytes_of(DType t) { return t == DType::f64 ? 8 : 4; }
-
 // H + W up to which a channel's lines fit into every device's shared memory.
 inline int64_t max_length(DType t) { return 16384 / acc_bytes_of(t); }
 
