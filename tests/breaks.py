@@ -26,9 +26,22 @@ NUMERIC += ["tails", "gradcheck", "integration_syncbn"]
 
 MIX, BACKWARD, FORWARD, SIMD = "mix.cpp", "backward.cpp", "forward.cpp", "simd.h"
 BINDINGS, WORK = "bindings.cpp", "work.cpp"
+POOL, GATE, APPLY, WALKS = "pool.cpp", "gate.cpp", "apply.h", "walks.h"
 
 # Name, file in csrc/cpu, the tests that look there first, what the line is, what it becomes.
 BREAKS = [
+    ("pool: columns by W", POOL, "pool", "return sum * by_h;", "return sum * by_w;"),
+    ("pool backward: no rows", POOL, "pool", ": column[0] + row[0];", ": column[0];"),
+    ("spread: no skip", POOL, "training", "if (skip) dx += grad;", ""),
+    ("spread: a row's gate for the column's", POOL, "training", "fma(grad * column[0], row[0],", "fma(grad * row[0], row[0],"),
+    ("gate: a column's gate for the row's", GATE, "gate", "x * column[0] * row[0]", "x * column[0] * column[0]"),
+    ("gate: no skip", GATE, "gate", "if (skip) out += x;", ""),
+    ("reduce: no slope", GATE, "gate", "sum * (gate * (1 - gate))", "sum * gate"),
+    ("reduce: without the other gate", GATE, "gate", "return fma(t, gate, sum);", "return sum + t;"),
+    ("planes: no tail", APPLY, "gate", "part((NV - 1) * n, kept[NV - 1], tail);", "part((NV - 1) * n, kept[NV - 1]);"),
+    ("runs: columns as rows", APPLY, "gate", "next * 16 + h + in % w", "next * 16 + in % w"),
+    ("flat: rows as columns", APPLY, "gate", "s.column[i] = (int32_t)w;", "s.column[i] = (int32_t)h;"),
+    ("runs: of planes that lie apart", WALKS, "strides", "return step == size;", "return true;"),
     ("dot: no tail of one", MIX, "forward", "if (tail.k) step(full, tail);", "if (tail.k > 1) step(full, tail);"),
     ("dot: bias of another row", MIX, "forward", "((const A*)d.bias)[m + j]", "((const A*)d.bias)[m]"),
     ("axpy: three rows as two", MIX, "training", "case 3: axpy_tile<3, CV, A>", "case 3: axpy_tile<2, CV, A>"),
@@ -66,7 +79,7 @@ BREAKS = [
         "var[m0 + m] = (A)(square[m] / (double)a.rows);",
         "var[m0 + m] = (A)(square[m] / (double)(a.rows - 1));",
     ),
-    ("normalisation: no mean of the gradient", MIX, "training", "scale[m] * du[i] - offset[m] -", "scale[m] * du[i] -"),
+    ("normalisation: no mean of the gradient", MIX, "training", "(du[i] - offset[m] -", "(du[i] -"),
     ("bias: sums of 256 rows lost", MIX, "training", "total += middle;", "total = middle;"),
     ("transpose: a column too few", MIX, "training", "if (i < nc) {", "if (i < nc - (nc == 5)) {"),
     ("backward: no eps", BACKWARD, "training", "1 / sqrt((double)var[i] + b.params.eps)", "1 / sqrt((double)var[i])"),
@@ -74,8 +87,8 @@ BREAKS = [
         "backward: slope without a factor",
         BACKWARD,
         "training",
-        "slope[i] = (A)(scale[i] * inv * inv * all_sums",
-        "slope[i] = (A)(scale[i] * inv * all_sums",
+        "slope[i] = (A)(inv * inv * all_sums",
+        "slope[i] = (A)(inv * all_sums",
     ),
     (
         "backward: conv1.bias is rounding",
@@ -95,8 +108,8 @@ BREAKS = [
         "backward: first block of rows",
         BACKWARD,
         "training",
-        "for (int64_t j = 0; j < blocks.count(); ++j) sums[i]",
-        "for (int64_t j = 1; j < blocks.count(); ++j) sums[i]",
+        "for (int64_t j = 0; j < tasks.count(); ++j) sums[i]",
+        "for (int64_t j = 1; j < tasks.count(); ++j) sums[i]",
     ),
     ("backward: x steps as the gradient", BACKWARD, "strides", "a.x_step = x.step;", "a.x_step = grad.step;"),
     (
@@ -110,8 +123,8 @@ BREAKS = [
         "joined: rows of this process",
         BACKWARD,
         "integration_syncbn",
-        "offset[i] = (A)(scale[i] * all_sums[i] / (double)all_rows);",
-        "offset[i] = (A)(scale[i] * all_sums[i] / (double)rows);",
+        "offset[i] = (A)(all_sums[i] / (double)all_rows);",
+        "offset[i] = (A)(all_sums[i] / (double)rows);",
     ),
     (
         "joined: one process's sums",

@@ -118,8 +118,8 @@ struct MixBackward {
       double du = sums[i], dev = sums[m + i];
       double inv = b.norm == Norm::none ? 1 : 1 / sqrt((double)var[i] + b.params.eps);
       bool batch = b.norm == Norm::batch;
-      offset[i] = (A)(scale[i] * all_sums[i] / (double)all_rows);
-      slope[i] = (A)(scale[i] * inv * inv * all_sums[m + i] / (double)all_rows);
+      offset[i] = (A)(all_sums[i] / (double)all_rows);
+      slope[i] = (A)(inv * inv * all_sums[m + i] / (double)all_rows);
       put<A>(b.out.bn_weight, i, dev * inv);
       put<A>(b.out.bn_bias, i, du);
       // Under batch statistics the mean takes any shift out again: exactly zero.
@@ -178,10 +178,10 @@ struct MixBackward {
           x.ldo = c;
         }
         x.rows = m; x.c1 = width;
-        for (int64_t r = 0; r < p.rows; r += 2 * backward_rows) {
+        for (int64_t r = 0; r < p.rows; r += summed_rows) {
           x.a = at((void*)p.left, r * m, bytes);
           x.b = at((void*)p.right, r * c + c0, bytes);
-          x.depth = r + 2 * backward_rows < p.rows ? 2 * backward_rows : p.rows - r;
+          x.depth = r + summed_rows < p.rows ? summed_rows : p.rows - r;
           x.accumulate = r > 0;
           mix.axpy(x);
         }

@@ -66,7 +66,7 @@ struct ActArgs {
 };
 
 // Batch statistics of z [rows, M]: mean and biased variance, summed in double; as sums, where moments is not null.
-// Backward through the normalisation: du -> dz = scale * du - offset - (z - mean) * slope, in place; offset and slope null:
+// Backward through the normalisation: du -> dz = scale * (du - offset - (z - mean) * slope), in place; offset and slope null:
 // scale * du, also where z is not finite.
 struct NormArgs {
   const void* z;

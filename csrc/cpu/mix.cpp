@@ -276,7 +276,7 @@ void norm_backward(const NormArgs& a) {
 #pragma GCC ivdep
     for (int64_t m = 0; m < a.m; ++m) {
       int64_t i = r * a.m + m;
-      du[i] = scale[m] * du[i] - offset[m] - (z[i] - mean[m]) * slope[m];
+      du[i] = scale[m] * (du[i] - offset[m] - (z[i] - mean[m]) * slope[m]);
     }
 }
 

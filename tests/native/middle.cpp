@@ -151,8 +151,9 @@ class Middle {
     k_.norm_backward(n);
     for (int64_t i = 0; i < rows * m; ++i) {
       const int64_t j = i % m;
-      long double truth = (long double)(*scale)[j] * given[(size_t)i];
+      long double truth = given[(size_t)i];
       if (rows % 2) truth = truth - (*offset)[j] - ((long double)(*z)[i] - (*mean)[j]) * (*slope)[j];
+      truth *= (*scale)[j];
       close("norm_backward", (*du)[i], (Number)truth, 30, 4);
     }
     kept_between("norm_backward", *du, 1, 0, rows * m, rows * m);
