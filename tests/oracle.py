@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 REAL = np.longdouble
+MOMENTUM = REAL(0.1)  # of the running statistics, as a double
 
 
 def _real(tensor):
@@ -101,7 +102,9 @@ def run(x, params, grad, *, norm, activation, skip, eps=1e-5):
     both = a_h[:, :, :, None] * a_w[:, :, None, :]
     results = {"out": xs * both + (xs if skip else 0)}
     if norm == "batch":
-        results["batch_mean"], results["batch_var"] = mean, var * rows / (rows - 1)
+        for name, moved in (("bn1.running_mean", mean), ("bn1.running_var", var * rows / (rows - 1))):
+            if name in params:
+                results[name] = (1 - MOMENTUM) * _real(params[name]) + MOMENTUM * moved
     if g is not None:
         results.update(
             _backward(

@@ -20,7 +20,7 @@ template <class A> void lerp(const Param& running, int64_t step, const A* batch,
     char* to = (char*)running.data + i * step * size;
     A v;
     k.to_acc(to, &v, 1);
-    v = (A)((1 - momentum) * v + momentum * scale * batch[i]);
+    v = (A)fma(momentum * scale, (double)batch[i], (1 - momentum) * v);
     k.from_acc(&v, to, 1);
   }
 }
