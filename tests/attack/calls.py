@@ -336,13 +336,15 @@ def _numbers(call, results, x, grad, params):
 # Children that round to half precision after every operation have wide bars; there the root mean square of the
 # error is also held against plain PyTorch's, of which 3,000 cases reached 2.2.
 TIMES_PLAIN = 30.0
+# Below this GELU and softplus are in their tails, where one rounding of what they are given is a factor of two.
+IN_A_TAIL = 1e-20
 
 
 def _beside_plain(call, results, balls, x, grad, params):
     wrong = []
     plain = _run(call, _module(PaperCoordAtt, call, _copies(params)), x, grad)[0]
     for name, value in results.items():
-        if value.numel() < 64:
+        if value.numel() < 64 or abs(balls[name].v).max() < IN_A_TAIL:
             continue
         ours, theirs, size = (
             float(t.square().mean().sqrt())
