@@ -324,7 +324,9 @@ def _numbers(call, results, x, grad, params):
             observe(call, name, ratio)
             if not ratio <= 1:
                 wrong.append(f"{name}: {ratio:.3g} times what is allowed; {where}")
-    if not call.fused and call.dtype in DTYPES[2:] and not special and not wrong:
+    # Large values make a kink of every activation, on whose sides rounding puts the two by chance.
+    beside = not call.fused and call.dtype in DTYPES[2:] and call.x not in ("large", "huge")
+    if beside and not special and not wrong:
         wrong += _beside_plain(call, floats, balls, x, grad, params)
     if call.fused and call.training and "d conv1.bias" in floats and not special and floats["d conv1.bias"].any():
         wrong.append("d conv1.bias is not exactly zero")
