@@ -90,7 +90,7 @@ CHANGES = {
         lambda m: setattr(m, "sixth", 3),
         "original",
     ),
-    "parametrised": ("released", lambda m: parametrizations.weight_norm(m.conv2), "hybrid"),
+    "parametrised": ("released", lambda m: parametrizations.weight_norm(m.conv2), "fused"),
 }
 
 
