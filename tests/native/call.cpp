@@ -219,8 +219,7 @@ class Run {
 
   void pool_alone(const Threads& threads) {
     Values pooled(rows_ * s_.c, acc_, true);
-    PoolArgs a{};
-    (Call&)a = call_;
+    PoolArgs a(call_);
     a.x = x_.map();
     a.pooled = pooled.data();
     pool(a, threads);
@@ -237,8 +236,7 @@ class Run {
   void gate_alone(const Threads& threads) {
     Values gates(turned_back(yard_.truth.at("gates").values, rows_, s_.c, same_row), acc_, true), dlogits(rows_ * s_.c, acc_, false);
     Tensor out(c_, false, 8), dx(c_, false, 9);
-    GateArgs a{};
-    (Call&)a = call_;
+    GateArgs a(call_);
     a.x = x_.map();
     a.out = out.map();
     a.gates = gates.data();
@@ -255,8 +253,7 @@ class Run {
 
   void inference(const Threads& threads) {
     Tensor out(c_, false, 7);
-    ForwardArgs f{};
-    (Call&)f = call_;
+    ForwardArgs f(call_);
     f.x = x_.map();
     f.out = out.map();
     forward(f, threads);
@@ -299,8 +296,7 @@ class Run {
   void training(const Threads& threads) {
     Kept kept(rows_, s_, acc_);
     Tensor out(c_, false, 9);
-    ForwardArgs f{};
-    (Call&)f = call_;
+    ForwardArgs f(call_);
     f.x = x_.map();
     f.out = out.map();
     f.saved = kept.saved();
@@ -311,8 +307,7 @@ class Run {
     check_rows("gates", kept.gates, s_.c);
     if (c_.norm == Norm::batch) check_vector("mean", kept.mean, acc_), check_vector("var", kept.var, acc_);
     Grads grads(c_, p_, c_.params);
-    BackwardArgs b{};
-    (Call&)b = call_;
+    BackwardArgs b(call_);
     b.grad = grad_.map();
     b.x = x_.map();
     b.saved = kept.saved();
@@ -351,8 +346,8 @@ class Run {
     Tensor out(c_, false, 10);
     Grads whole(c_, p_, acc_);
     Values moments(2 * width, DType::f64, true), sums(2 * 2 * m, DType::f64, false);
-    ForwardArgs f[2];
-    BackwardArgs b[2];
+    ForwardArgs f[2] = {ForwardArgs(call_), ForwardArgs(call_)};
+    BackwardArgs b[2] = {BackwardArgs(call_), BackwardArgs(call_)};
     std::vector<std::unique_ptr<Kept>> kept;
     std::vector<std::unique_ptr<Grads>> grads;
     std::vector<std::unique_ptr<Values>> middle;
@@ -366,8 +361,6 @@ class Run {
       part.n = parts[i];
       kept.push_back(std::make_unique<Kept>(part.rows(), part, acc_));
       grads.push_back(std::make_unique<Grads>(c_, p_, acc_));
-      f[i] = ForwardArgs{};
-      (Call&)f[i] = call_;
       f[i].shape = part;
       f[i].x = piece(x_.map(), i);
       f[i].out = piece(out.map(), i);
@@ -383,8 +376,7 @@ class Run {
       const int64_t rows = f[i].shape.rows();
       for (int64_t columns : {s_.c, m, m}) middle.push_back(std::make_unique<Values>(rows * columns, acc_, columns == m));
       of[i] = {middle[(size_t)i * 3]->data(), middle[(size_t)i * 3 + 1]->data(), middle[(size_t)i * 3 + 2]->data()};
-      b[i] = BackwardArgs{};
-      (Call&)b[i] = f[i];
+      b[i] = BackwardArgs(f[i]);
       b[i].grad = piece(grad_.map(), i);
       b[i].x = f[i].x;
       b[i].saved = f[i].saved;

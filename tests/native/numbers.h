@@ -22,8 +22,6 @@ inline const char* name_of(DType t) {
   const char* names[] = {"float32", "float64", "bfloat16", "float16"};
   return names[(int)t];
 }
-inline int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
-inline DType acc_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
 // Mantissa bits, the leading one included, and the exponent of the smallest normal number.
 inline int digits_of(DType t) { return t == DType::f64 ? 53 : t == DType::f32 ? 24 : t == DType::bf16 ? 8 : 11; }
