@@ -269,8 +269,9 @@ class Piece:
 
     @property
     def hidden(self):
-        """Whether only another device or the compiler would show it; hooks of children are called there too."""
-        return self.condition in HIDDEN and not self.harmless and self.place != "hook"
+        """Whether only another device or the compiler would show it; what is called, not replaced, runs there too."""
+        called = self.place in ("hook", "convolution", "norm")
+        return self.condition in HIDDEN and not self.harmless and not called
 
     def effect_on(self, v):
         return f"({_named((EFFECTS | HARMLESS)[self.effect], V=v)})"
