@@ -23,17 +23,9 @@ _WIRING = Wiring(
     tail=None,
     activation=None,
     act_type=None,
-    skip=False,
-    size=None,
-    strict=(),
-    soft=(),
-    codes=(),
-    as_published=True,
 )
-# Stand in for activations of classes of the user's own; never called.
-_ACTIVATIONS = {name: activation.make() for name, activation in reference.ACTIVATIONS.items()}
-# What such a class may be made of; and what frameworks set on every module.
-_PARTS = frozenset((*map(type, _ACTIVATIONS.values()), nn.Sigmoid, nn.Hardsigmoid))
+# What an activation of a class of the user's own may be made of; and what frameworks set on every module.
+_PARTS = frozenset((*map(type, plan.MADE.values()), nn.Sigmoid, nn.Hardsigmoid))
 _USUAL = OWN | {"_is_hf_initialized", "inplace"}
 
 
@@ -81,7 +73,7 @@ def arguments(module: nn.Module, x) -> tuple[tuple | Detour, dict]:
         if why := plan.obstacle(x):
             return Detour(plan.REFERENCE, why), children
         if (kinds := _kinds(act)) and (name := _activation(kinds)):
-            children = {**children, "act": _ACTIVATIONS[name]}
+            children = {**children, "act": plan.MADE[name]}
     found = plan.arguments({"_modules": children, "skip": False}, x)
     if type(found) is not tuple and found.tier == plan.HYBRID and plan.special_pools(children):
         found = Detour(plan.ORIGINAL, found.reason)

@@ -53,9 +53,10 @@ def _settings(module: Module) -> dict:
     return {name: d[name] for name in d if not name.startswith("_") and name not in ("training", "inplace")}
 
 
-_MADE = [activation.make() for activation in ACTIVATIONS.values()]
+# One of each by name, to compare with and to stand in for what is no child; never called.
+MADE = {name: activation.make() for name, activation in ACTIVATIONS.items()}
 # Of those whose class is one function; the others are for activation_code to tell.
-_CODES = {type(made): code for code, made in enumerate(_MADE) if not _settings(made)}
+_CODES = {type(made): code for code, made in enumerate(MADE.values()) if not _settings(made)}
 
 
 def activation_code(child: Module) -> int | None:
@@ -63,7 +64,7 @@ def activation_code(child: Module) -> int | None:
     code: int | None = _CODES.get(type(child))
     if code is not None:
         return code
-    for code, made in enumerate(_MADE):
+    for code, made in enumerate(MADE.values()):
         if type(child) is type(made) and _settings(child) == _settings(made):
             return code
     return None

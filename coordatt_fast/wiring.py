@@ -15,7 +15,6 @@ Path = tuple[str, ...]
 # Stand in for what a foreign module does in its forward or under another name; never called.
 _POOL_H, _POOL_W = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveAvgPool2d((1, None))
 _NO_NORM = nn.Identity()
-_ACTIVATIONS = {name: activation.make() for name, activation in reference.ACTIVATIONS.items()}
 
 
 class Watch(NamedTuple):
@@ -97,11 +96,11 @@ class Wiring(NamedTuple):
         """The parts under CoordAtt's names, with stand-ins for what is no child. KeyError for one that is
         gone."""
         if self.act is None:
-            act = _ACTIVATIONS.get(self.activation)
+            act = plan.MADE.get(self.activation)
         else:
             act = find(module, self.act)
             if self.act_type is not None and type(act) is self.act_type:
-                act = _ACTIVATIONS.get(self.activation, act)
+                act = plan.MADE.get(self.activation, act)
         return {
             "pool_h": _POOL_H,
             "pool_w": _POOL_W,

@@ -336,7 +336,7 @@ def test_activation_exchanged_for_a_known_one(cpu, act, name):
 
 def test_a_known_class_with_other_settings_is_another_activation(cpu, monkeypatch):
     """As GELU(approximate="tanh") would be beside a GELU that the kernels compute."""
-    monkeypatch.setattr(plan, "_MADE", [*plan._MADE, nn.GELU()])
+    monkeypatch.setattr(plan, "MADE", plan.MADE | {"gelu": nn.GELU()})
     block = CoordAtt(8, 8).eval()
     for act, code in (
         (nn.GELU(), 4), (nn.GELU("tanh"), None), (nn.ReLU(inplace=True), 2), (nn.Mish(), None),
