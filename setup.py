@@ -49,7 +49,7 @@ CUDA_NAMES = {"Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "B
 NVCC = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-diag-suppress=128", "-Icsrc"]
 
 # These are compiled once per SIMD level; every other file of csrc/cpu once, for any CPU.
-PER_LEVEL = ("pool", "mix", "gate")
+PER_LEVEL = ("pool", "mix", "gate", "norm")
 
 
 class Skip(Exception):

@@ -382,10 +382,12 @@ template <class Backend> struct Fused {
     return copy;
   }
 
-  static void infer(const Tensor& x, const ForwardTensors& tensors, int64_t activation, bool skip, const MaybeTensor& given_out,
-                    MaybeTensor& made_out) {
+  // Before: what stands before the block.
+  static void infer(const Tensor& x, const ForwardTensors& tensors, int64_t activation, bool skip, const Before& before,
+                    const MaybeTensor& given_out, MaybeTensor& made_out) {
     CHECK(tensors.bn_mean.has_value() == tensors.bn_var.has_value(), "bn_mean and bn_var go together");
     ForwardArgs args(call_of(x, (int64_t)(tensors.bn_mean ? Norm::given : Norm::none), activation, skip));
+    args.before = before;
     Parameters params(x);
     set_params(args, tensors, params);
     Tensor in = native(x, args.nhwc);
@@ -398,7 +400,7 @@ template <class Backend> struct Fused {
 
   static Tensor attend(const Tensor& x, FORWARD_PARAMETERS, int64_t activation, bool skip) {
     MaybeTensor out;
-    infer(x, FORWARD_TENSORS, activation, skip, std::nullopt, out);
+    infer(x, FORWARD_TENSORS, activation, skip, Before(), std::nullopt, out);
     return *out;
   }
 
@@ -415,7 +417,7 @@ template <class Backend> struct Fused {
     for (const Tensor* t : {&conv1_weight, &conv_h_weight, &conv_w_weight}) writable = writable && !to.meets(Span(*t));
     for (const MaybeTensor* t : {&conv1_bias, &bn_weight, &bn_bias, &bn_mean, &bn_var, &conv_h_bias, &conv_w_bias})
       writable = writable && !(*t && to.meets(Span(**t)));
-    infer(x, FORWARD_TENSORS, activation, skip, writable ? MaybeTensor(result) : std::nullopt, made);
+    infer(x, FORWARD_TENSORS, activation, skip, Before(), writable ? MaybeTensor(result) : std::nullopt, made);
     if (!writable) {
       Tensor given = result;
       torch::stable::copy_(given, *made);
@@ -432,27 +434,37 @@ template <class Backend> struct Fused {
                                      const MaybeTensor& running_mean, const MaybeTensor& running_var,
                                      const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
     ForwardArgs args(call_of(x, norm, activation, skip));
+    return train(args, x, FORWARD_TENSORS, running_mean, running_var, num_batches_tracked, momentum);
+  }
+
+  // args: what call_of says, and what stands before the block, with places for its statistics.
+  static Trained train(ForwardArgs& args, const Tensor& x, const ForwardTensors& tensors, const MaybeTensor& running_mean,
+                       const MaybeTensor& running_var, const MaybeTensor& num_batches_tracked, std::optional<double> momentum) {
     CHECK(args.norm == Norm::batch || !(running_mean || running_var || num_batches_tracked),
           "running statistics move under batch statistics (norm 2) only");
     Parameters params(x);
-    set_params(args, FORWARD_TENSORS, params);
+    set_params(args, tensors, params);
     const Shape& s = args.shape;
     ScalarType acc = acc_of(x);
-    Tensor in = native(x, args.nhwc), out = Backend::empty_map(x, makes_nhwc(x, skip));
+    Tensor in = native(x, args.nhwc), out = Backend::empty_map(x, makes_nhwc(x, args.skip));
     Tensor pooled = empty2(x, s.rows(), s.c, acc), squeezed = empty2(x, s.rows(), s.m, acc);
     Tensor gates = empty2(x, s.rows(), s.c, acc), mean = empty1(x, s.m, acc), var = empty1(x, s.m, acc);
     RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, args.dtype);
     if (args.norm == Norm::given && !x.numel()) {
-      torch::stable::copy_(mean, *bn_mean);
-      torch::stable::copy_(var, *bn_var);
+      torch::stable::copy_(mean, *tensors.bn_mean);
+      torch::stable::copy_(var, *tensors.bn_var);
     } else if (args.norm == Norm::none || !x.numel()) {
       torch::stable::fill_(mean, 0);
       torch::stable::fill_(var, 1);
     }
     args.x = map_of(in, args.nhwc);
     args.out = map_of(out, args.nhwc);
-    args.saved = {pooled.mutable_data_ptr(), squeezed.mutable_data_ptr(), gates.mutable_data_ptr(), mean.mutable_data_ptr(),
-                  var.mutable_data_ptr()};
+    Saved& to = args.saved;
+    to.pooled = pooled.mutable_data_ptr();
+    to.squeezed = squeezed.mutable_data_ptr();
+    to.gates = gates.mutable_data_ptr();
+    to.mean = mean.mutable_data_ptr();
+    to.var = var.mutable_data_ptr();
     Backend::forward(args, running, x);
     return {out, pooled, squeezed, gates, mean, var};
   }
@@ -462,13 +474,25 @@ template <class Backend> struct Fused {
                             const MaybeTensor& bn_weight, const MaybeTensor& bn_bias, double eps, const Tensor& conv_h_weight,
                             const Tensor& conv_w_weight, int64_t norm, int64_t activation, bool skip, int64_t needs) {
     BackwardArgs args(call_of(x, norm, activation, skip));
+    return gradients(args, grad, x, pooled, squeezed, gates, mean, var, conv1_weight, bn_weight, bn_bias, eps, conv_h_weight,
+                     conv_w_weight, needs);
+  }
+
+  // args: what call_of says, and what stands before the block, with its statistics and places for its gradients.
+  static GradientTensors gradients(BackwardArgs& args, const Tensor& grad, const Tensor& x, const Tensor& pooled,
+                                   const Tensor& squeezed, const Tensor& gates, const Tensor& mean, const Tensor& var,
+                                   const Tensor& conv1_weight, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
+                                   double eps, const Tensor& conv_h_weight, const Tensor& conv_w_weight, int64_t needs) {
     check_like(grad, x, "grad");
     CHECK(conv1_weight.dim() == 4, "conv1_weight must be [M, C, 1, 1]");
     Shape& s = args.shape;
     s.m = conv1_weight.size(0);
-    args.saved = {saved_data(pooled, x, s.rows() * s.c, "pooled"), saved_data(squeezed, x, s.rows() * s.m, "squeezed"),
-                  saved_data(gates, x, s.rows() * s.c, "gates"), saved_data(mean, x, s.m, "mean"),
-                  saved_data(var, x, s.m, "var")};
+    Saved& of = args.saved;
+    of.pooled = saved_data(pooled, x, s.rows() * s.c, "pooled");
+    of.squeezed = saved_data(squeezed, x, s.rows() * s.m, "squeezed");
+    of.gates = saved_data(gates, x, s.rows() * s.c, "gates");
+    of.mean = saved_data(mean, x, s.m, "mean");
+    of.var = saved_data(var, x, s.m, "var");
     Parameters params(x);
     Params& p = args.params;
     p.conv1_weight = params.matrix(conv1_weight, s.m, s.c, "conv1_weight");
@@ -491,7 +515,7 @@ template <class Backend> struct Fused {
                                    const MaybeTensor& num_batches_tracked, const Tensor& squeezed, const Tensor& mean,
                                    const Tensor& var, std::optional<double> momentum) {
     check_device(squeezed, mean, "squeezed");
-    CHECK(squeezed.dim() > 0, "squeezed must be [R, M]");
+    CHECK(squeezed.dim() > 0, "squeezed must be [R, M], or a map [N, M, H, W]");
     for (const Tensor* t : {&mean, &var}) {
       const char* name = t == &mean ? "mean" : "var";
       check_device(*t, mean, name);
@@ -501,7 +525,7 @@ template <class Backend> struct Fused {
       data_of(*t, name);
     }
     RunningStatistics running = running_of(running_mean, running_var, num_batches_tracked, momentum, mean, std::nullopt);
-    Backend::update(running, mean, var, squeezed.size(0));
+    Backend::update(running, mean, var, mean.numel() ? squeezed.numel() / mean.numel() : 0);
   }
 };
 

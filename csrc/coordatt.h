@@ -13,6 +13,7 @@ inline int acc_bytes_of(DType t) { return bytes_of(acc_of(t)); }
 
 enum class Activation : int { hard_swish = 0, silu = 1, relu = 2, relu6 = 3 };
 constexpr int activations = (int)Activation::relu6 + 1;  // the last one's
+constexpr int no_activation = -1;                         // before the block, where there may be none
 enum class Norm : int { none = 0, given = 1, batch = 2 };
 // The gradients that attend_backward is asked for: a bit for each of its results, in their order.
 enum Need : int64_t {
@@ -25,6 +26,8 @@ enum Need : int64_t {
   need_conv_h_bias = 1 << 6,
   need_conv_w_weight = 1 << 7,
   need_conv_w_bias = 1 << 8,
+  need_before_weight = 1 << 9,
+  need_before_bias = 1 << 10,
 };
 
 // The feature map's sizes; M is the width of the squeezed middle.
@@ -58,6 +61,16 @@ struct Params {
   double eps = 0;
 };
 
+// The normalisation and activation that stand before the block. The map that is pooled and gated is then
+// act(scale x + shift), formed as x is loaded.
+struct Before {
+  Norm norm = Norm::none;          // none: nothing stands there
+  int activation = no_activation;  // or an Activation
+  Param weight, bias;              // [C]
+  Param mean, var;                 // [C], Norm::given
+  double eps = 0;
+};
+
 // What every call says.
 struct Call {
   Shape shape;
@@ -67,6 +80,7 @@ struct Call {
   Activation activation = Activation::hard_swish;
   bool skip = false;
   Params params;
+  Before before;
 };
 
 // Kept between forward and backward, in the accumulate type (float64 for float64, else float32).
@@ -77,6 +91,8 @@ struct Saved {
   void* gates = nullptr;     // [R, C] after the sigmoid
   void* mean = nullptr;      // [M]
   void* var = nullptr;       // [M] biased
+  void* before_mean = nullptr;  // [C] of what stands before the block, where something does
+  void* before_var = nullptr;   // [C] biased
 };
 
 // Running statistics that a training forward moves; all null where none do. Steps in elements.
@@ -98,6 +114,7 @@ struct Gradients {
   Map dx;  // null data: not wanted; the same holds for each parameter
   Param conv1_weight, conv1_bias, bn_weight, bn_bias;
   Param conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias;
+  Param before_weight, before_bias;
 };
 
 struct BackwardArgs : Call {

@@ -5,7 +5,7 @@
 //   lines[numbers]               where they stand, and what they are multiplied by (f does that itself in nhwc)
 //   ahead                        whether x is fetched ahead of the walk
 //   operator()(x, row, column)   x: what the source read; row, column: vectors [numbers]
-// The source (walks.h: Elements, or Nothing) reads x.
+// The source (walks.h: Elements, or Nothing) reads x; the results go into a map, or where another Stored leads them.
 #pragma once
 
 #include "walks.h"
@@ -21,7 +21,8 @@ template <class A> struct Numbers {
 
 // For a functor that looks at no element.
 struct Nothing {
-  static constexpr bool reads = false;
+  static constexpr bool reads = false, has_runs = true;
+  static constexpr int row_vectors = 8;
   template <class... I> COORDATT_MEMBER int at(I...) const { return 0; }
   COORDATT_MEMBER void ahead(int64_t) const {}
   COORDATT_MEMBER void next(int64_t) {}
@@ -31,23 +32,43 @@ struct Nothing {
   COORDATT_MEMBER bool back_to_back(int64_t) const { return true; }
 };
 
+// Where results go: into a map. What takes its place has its members, and where a plane's or a pixel's go has those of To:
+// put a vector, go on to the next row, have been given so many vectors since the last time, be done with the plane.
+template <class X> struct Stored {
+  static constexpr bool has_runs = true;
+  X* data;
+  int64_t step;  // as Map::step
+
+  struct To {
+    X* p;
+    template <class V, class... Cut> COORDATT_MEMBER void put(int64_t i, V v, Cut... cut) const { store(p + i, v, cut...); }
+    COORDATT_MEMBER void next(int64_t elements) { p += elements; }
+    COORDATT_MEMBER void given(int64_t) {}
+    COORDATT_MEMBER void done() {}
+  };
+  COORDATT_MEMBER To plane(int64_t c) const { return {data + c * step}; }
+  COORDATT_MEMBER To pixel(int64_t i) const { return {data + i * step}; }
+  COORDATT_MEMBER bool back_to_back(int64_t size) const { return step == size; }
+  COORDATT_MEMBER void given(int64_t, int64_t) {}
+  COORDATT_MEMBER void done(int64_t, int64_t) {}
+};
+
 // One plane, row by row. NV vectors a row, whose columns' numbers stay in registers, or 0 for any number.
-template <int NV, class X, class P, class F>
-COORDATT_INLINE void apply_rows(P in, X* out, int64_t height, int64_t width, const Acc<X>* const* rows,
-                                const Acc<X>* const* columns, const F& f) {
-  using A = Acc<X>;
+template <int NV, class A, class P, class O, class F>
+COORDATT_INLINE void apply_rows(P in, O out, int64_t height, int64_t width, const A* const* rows, const A* const* columns,
+                                const F& f) {
   constexpr int n = lanes<A>, N = F::numbers;
   const int64_t last = (width - 1) / n * n;
   const Tail<A> tail(width - last);
   Vec<A> kept[NV ? NV : 1][N];
   for (int j = 0; j < NV; ++j)
     for (int k = 0; k < N; ++k) kept[j][k] = load(columns[k] + j * n);
-  for (int64_t h = 0; h < height; ++h, in.next(width), out += width) {
+  for (int64_t h = 0; h < height; ++h, in.next(width), out.next(width)) {
     Vec<A> row[N];
     for (int k = 0; k < N; ++k) row[k] = splat(rows[k][h]);
     auto part = [&](int64_t w, const Vec<A>* column, auto... cut) __attribute__((always_inline)) {
       if (F::ahead) in.ahead(w);
-      store(out + w, f(in.at(w, cut...), row, column), cut...);
+      out.put(w, f(in.at(w, cut...), row, column), cut...);
     };
     if constexpr (NV > 0) {
 #pragma GCC unroll 8
@@ -62,7 +83,9 @@ COORDATT_INLINE void apply_rows(P in, X* out, int64_t height, int64_t width, con
       for (int64_t w = 0; w < last; w += n) anywhere(w);
       anywhere(last, tail);
     }
+    out.given(last / n + 1);
   }
+  out.done();
 }
 
 // Small planes one at a time, the lines' numbers of each element looked up in registers by its row and column.
@@ -98,13 +121,13 @@ template <class A, class F> COORDATT_INLINE void each_vector(int64_t count, F&& 
 }
 
 #if COORDATT_VBYTES >= 32
-template <bool PAIR, class X, class S, class F>
+template <bool PAIR, class S, class O, class F>
 COORDATT_OUTLINE void apply_flat(const PlaneArgs& a, int64_t c0, int64_t count, const PlaneScratch<float> s, const S source,
-                                 const F f) {
+                                 const O to, const F f) {
   constexpr int N = F::numbers;
   for (int64_t i = 0; i < count; ++i) {
     const auto in = source.plane(c0 + i);
-    X* out = (X*)a.out + (c0 + i) * a.out_step;
+    auto out = to.plane(c0 + i);
     Table<PAIR> rows[N], columns[N];
     for (int k = 0; k < N; ++k) {
       rows[k].set(s.h[k] + i * padded(a.h));
@@ -118,15 +141,16 @@ COORDATT_OUTLINE void apply_flat(const PlaneArgs& a, int64_t c0, int64_t count, 
         column[k] = columns[k][at_column];
       }
       if (F::ahead) in.ahead(e);
-      store(out + e, f(in.at(e, cut...), row, column), cut...);
+      out.put(e, f(in.at(e, cut...), row, column), cut...);
+      out.given(1);
     });
+    out.done();
   }
 }
 #endif
 
-template <class X, class S, class F>
-COORDATT_INLINE void apply_planes(const PlaneArgs& a, const S source, const F f, bool flat) {
-  using A = Acc<X>;
+template <class A, class S, class O, class F>
+COORDATT_INLINE void apply_planes(const PlaneArgs& a, const S source, const O to, const F f, bool flat) {
   constexpr int n = lanes<A>;
   const int64_t hp = padded(a.h), wp = padded(a.w);
   const PlaneScratch<A> s(a.scratch, a.h, a.w, 0);
@@ -145,19 +169,19 @@ COORDATT_INLINE void apply_planes(const PlaneArgs& a, const S source, const F f,
     }
 #if COORDATT_VBYTES >= 32
     if constexpr (sizeof(A) == 4) {
-      if (flat && flat_limit > n && (a.h > n || a.w > n)) apply_flat<(flat_limit > n), X>(a, c, count, s, source, f);
-      else if (flat) apply_flat<false, X>(a, c, count, s, source, f);
+      if (flat && flat_limit > n && (a.h > n || a.w > n)) apply_flat<(flat_limit > n)>(a, c, count, s, source, to, f);
+      else if (flat) apply_flat<false>(a, c, count, s, source, to, f);
       if (flat) continue;
     }
 #endif
-    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
+    with_row_vectors<A, S::row_vectors>(a.w, [&](auto nv) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
         const A *rows[F::numbers], *columns[F::numbers];
         for (int k = 0; k < F::numbers; ++k) {
           rows[k] = s.h[k] + i * hp;
           columns[k] = s.w[k] + i * wp;
         }
-        apply_rows<decltype(nv)::value>(source.plane(c + i), (X*)a.out + (c + i) * a.out_step, a.h, a.w, rows, columns, f);
+        apply_rows<decltype(nv)::value, A>(source.plane(c + i), to.plane(c + i), a.h, a.w, rows, columns, f);
       }
     });
   }
@@ -199,8 +223,8 @@ COORDATT_INLINE vfloat look_up(const float* tables, int32_t first, vint index) {
                                         _mm512_loadu_ps(tables + first * 16 + 16));
 }
 
-template <class X, class S, class F>
-COORDATT_OUTLINE void apply_runs(const PlaneArgs& a, const S source, const F f) {
+template <class S, class O, class F>
+COORDATT_OUTLINE void apply_runs(const PlaneArgs& a, const S source, const O to, const F f) {
   constexpr int N = F::numbers;
   RunIndices& run = run_indices;
   run.set(a.h, a.w);
@@ -213,7 +237,7 @@ COORDATT_OUTLINE void apply_runs(const PlaneArgs& a, const S source, const F f) 
     const int64_t count = min_of<int64_t>(RunIndices::planes, a.c1 - c);
     for (int k = 0; k < N; ++k) run_tables(f.lines[k].rows, c, count, a.h, a.w, scale[k], s.h[k]);
     const auto in = source.run(c);
-    X* out = (X*)a.out + c * size;
+    const auto out = to.plane(c);
     each_vector<float>(count * size, [&](int64_t e, auto... cut) __attribute__((always_inline)) {
       const int32_t first = run.first[e / 16];
       const vint at_row = load(run.row + e), at_column = load(run.column + e);
@@ -223,22 +247,21 @@ COORDATT_OUTLINE void apply_runs(const PlaneArgs& a, const S source, const F f) 
         column[k] = look_up(s.h[k], first, at_column);
       }
       if (F::ahead) in.ahead(e);
-      store(out + e, f(in.at(e, (at_row >> 4) + first, cut...), row, column), cut...);
+      out.put(e, f(in.at(e, (at_row >> 4) + first, cut...), row, column), cut...);
     });
   }
 }
 #endif
 
-template <class X, class S, class F>
-COORDATT_INLINE void apply_pixels(const PlaneArgs& a, const S source, const F f) {
-  using A = Acc<X>;
+template <class A, class S, class O, class F>
+COORDATT_INLINE void apply_pixels(const PlaneArgs& a, const S source, O to, const F f) {
   constexpr int n = lanes<A>, N = F::numbers;
   const int64_t last = a.c0 + (a.c1 - a.c0 - 1) / n * n;
   const Tail<A> tail(a.c1 - last);
   for (int64_t h = 0; h < a.h; ++h)
     for (int64_t w = 0; w < a.w; ++w) {
       const auto in = source.pixel(h * a.w + w);
-      X* out = (X*)a.out + (h * a.w + w) * a.out_step;
+      auto out = to.pixel(h * a.w + w);
       const A *rows[N], *columns[N];
       for (int k = 0; k < N; ++k) {
         rows[k] = (const A*)f.lines[k].rows.h + h * f.lines[k].rows.ld;
@@ -251,23 +274,32 @@ COORDATT_INLINE void apply_pixels(const PlaneArgs& a, const S source, const F f)
           column[k] = load(columns[k] + c, cut...);
         }
         if (F::ahead) in.ahead(c);
-        store(out + c, f(in.at(c, cut...), row, column), cut...);
+        out.put(c, f(in.at(c, cut...), row, column), cut...);
       };
       for (int64_t c = a.c0; c < last; c += n) part(c);
       part(last, tail);
+      to.given(a.c0, a.c1);
     }
+  to.done(a.c0, a.c1);
 }
 
+template <bool NHWC, class A, class S, class O, class F>
+COORDATT_INLINE void apply(const PlaneArgs& a, const S source, const O to, const F f) {
+  const int64_t size = a.h * a.w;
+  const Walk walk = apply_walk<NHWC, S::reads, O::has_runs && S::has_runs, A>(
+      a, to.back_to_back(size) && source.back_to_back(size));
+  if constexpr (NHWC) return apply_pixels<A>(a, source, to, f);
+#if defined(COORDATT_SIMD_AVX512)
+  if constexpr (sizeof(A) == 4 && O::has_runs && S::has_runs)
+    if (walk == Walk::run) return apply_runs(a, source, to, f);
+#endif
+  apply_planes<A>(a, source, to, f, walk == Walk::flat);
+}
+
+// The same, into a.out.
 template <bool NHWC, class X, class S, class F>
 COORDATT_INLINE void apply(const PlaneArgs& a, const S source, const F f) {
-  const int64_t size = a.h * a.w;
-  const Walk walk = apply_walk<NHWC, S::reads, Acc<X>>(a, a.out_step == size && source.back_to_back(size));
-  if constexpr (NHWC) return apply_pixels<X>(a, source, f);
-#if defined(COORDATT_SIMD_AVX512)
-  if constexpr (sizeof(Acc<X>) == 4)
-    if (walk == Walk::run) return apply_runs<X>(a, source, f);
-#endif
-  apply_planes<X>(a, source, f, walk == Walk::flat);
+  apply<NHWC, Acc<X>>(a, source, Stored<X>{(X*)a.out, a.out_step}, f);
 }
 
 }  // namespace

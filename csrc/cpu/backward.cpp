@@ -15,7 +15,8 @@ PlaneArgs plane_of(const Call& call, const Piece& p, const Map& grad, Scratch& s
 }
 
 // ds [R, C] from grad, x and the gates.
-void reduce(const Call& call, const Kernels& k, const Threads& threads, const Map& grad, const Map& x, void* gates, void* ds) {
+void reduce(const Call& call, const Kernels& k, const Ahead& ahead, const Threads& threads, const Map& grad, const Map& x,
+            void* gates, void* ds) {
   const Shape& s = call.shape;
   Pieces pieces(call, threads.count);
   int64_t bytes = acc_bytes_of(call.dtype);
@@ -28,7 +29,8 @@ void reduce(const Call& call, const Kernels& k, const Threads& threads, const Ma
       a.x_step = x.step;
       a.gates = rows_of(p, gates, s, s.c, bytes);
       a.dlogits = rows_of(p, ds, s, s.c, bytes);
-      k.map[(int)call.dtype].gate_reduce[call.nhwc](a);
+      a.before = ahead.args;
+      k.map[(int)call.dtype].gate_reduce[ahead.read][call.nhwc](a);
     }
   });
 }
@@ -199,22 +201,96 @@ struct MixBackward {
     });
   }
 
-  // dx = grad * gates + what comes back through the pools (dp = conv1^T dz, formed where it is used).
+  // One piece's dp = conv1^T dz, what comes back through the pools.
+  void form_dp(const Piece& p, const AxisRows& to) {
+    const Shape& s = b.shape;
+    AxisRows from = rows_of(p, dz, s, m, bytes);
+    AxpyArgs x{};
+    x.a_row = m; x.a_depth = 1;
+    x.b = middle.conv1_weight; x.ldb = c;
+    x.ldo = c;
+    x.depth = m; x.c0 = p.c0; x.c1 = p.c1;
+    x.a = from.h; x.out = to.h; x.rows = s.h;
+    mix.axpy(x);
+    x.a = from.w; x.out = to.w; x.rows = s.w;
+    mix.axpy(x);
+  }
+
+  // The gradients of what stands before the block, and dx through it. dp takes ds' place.
+  void before(const Threads& threads, BeforeArgs ahead, Read read) {
+    const Shape& s = b.shape;
+    const MapKernels& map = k.map[(int)b.dtype];
+    const bool batch = b.before.norm == Norm::batch;
+    Scratch scratch(s.n * 2 * c * 8 + 2 * Scratch::round(padded(c) * bytes));
+    double* sums = (double*)scratch.bytes(s.n * 2 * c * 8);
+    auto plane = [&](const Piece& p, Scratch& of) {
+      PlaneArgs a = plane_of(b, p, b.grad, of);
+      a.x = start_of(p, b, b.x);
+      a.x_step = b.x.step;
+      a.gates = rows_of(p, b.saved.gates, s, c, bytes);
+      a.pooled = rows_of(p, ds, s, c, bytes);
+      a.before = ahead;
+      return a;
+    };
+    const bool wanted = batch || b.out.before_weight || b.out.before_bias;
+    Pieces pieces(b, threads.count);
+    run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+      Scratch of(map.plane_scratch(s.h, s.w, c));
+      for (int64_t i = end - 1; i >= begin; --i) {  // backwards: what reduce read last is still in cache
+        form_dp(pieces[i], rows_of(pieces[i], ds, s, c, bytes));
+        if (!wanted) continue;
+        PlaneArgs a = plane(pieces[i], of);
+        a.sum = sums + pieces[i].image * 2 * c;
+        a.square = a.sum + c;
+        map.before_sums[read][b.nhwc](a);
+      }
+    });
+    if (wanted) {
+      void *offset = scratch.bytes(padded(c) * bytes), *slope = scratch.bytes(padded(c) * bytes);
+      if (b.dtype == DType::f64) fold_sums<double>(sums, ahead, (double*)offset, (double*)slope);
+      else fold_sums<float>(sums, ahead, (float*)offset, (float*)slope);
+      if (batch) {
+        ahead.offset = offset;
+        ahead.slope = slope;
+      }
+    }
+    if (!b.out.dx.data) return;
+    Pieces parts(b, threads.count, pieces.cut() && whole_pixels_pay(b) ? Pieces::rows : Pieces::channels);
+    run(threads, parts.count(), [&](int64_t begin, int64_t end) {
+      Scratch of(map.plane_scratch(s.h, s.w, c));
+      for (int64_t i = begin; i < end; ++i) {  // forwards again: the sums ended here
+        PlaneArgs a = plane(parts[i], of);
+        a.out = start_of(parts[i], b, b.out.dx);
+        a.out_step = b.out.dx.step;
+        map.before_spread[read][b.nhwc](a);
+      }
+    });
+  }
+
+  // sums: [N, 2, C] of du and du * (x - mean). In plain PyTorch's terms: dx = (du - offset - (x - mean) slope) scale.
+  template <class A>
+  void fold_sums(const double* sums, const BeforeArgs& ahead, A* offset, A* slope) {
+    const A *scale = (const A*)ahead.scale, *var = (const A*)b.saved.before_var;
+    const double count = (double)(b.shape.n * b.shape.h * b.shape.w);
+    for (int64_t i = 0; i < c; ++i) {
+      double du = 0, dev = 0;
+      for (int64_t n = 0; n < b.shape.n; ++n) {
+        du += sums[n * 2 * c + i];
+        dev += sums[n * 2 * c + c + i];
+      }
+      const double inv = 1 / sqrt((double)var[i] + b.before.eps);
+      put<A>(b.out.before_weight, i, dev * inv);
+      put<A>(b.out.before_bias, i, du);
+      offset[i] = (A)((double)scale[i] * du / count);
+      slope[i] = (A)((double)scale[i] * inv * inv * dev / count);
+    }
+    for (int64_t i = c; i < padded(c); ++i) offset[i] = slope[i] = 0;
+  }
+
+  // dx = grad * gates + dp, formed where it is used.
   void spread(const Threads& threads) {
     const Shape& s = b.shape;
     int64_t dp_bytes = Scratch::round(s.length() * c * bytes);
-    auto form_dp = [&](const Piece& p, const AxisRows& to) {
-      AxisRows from = rows_of(p, dz, s, m, bytes);
-      AxpyArgs x{};
-      x.a_row = m; x.a_depth = 1;
-      x.b = middle.conv1_weight; x.ldb = c;
-      x.ldo = c;
-      x.depth = m; x.c0 = p.c0; x.c1 = p.c1;
-      x.a = from.h; x.out = to.h; x.rows = s.h;
-      mix.axpy(x);
-      x.a = from.w; x.out = to.w; x.rows = s.w;
-      mix.axpy(x);
-    };
     auto form_dx = [&](const Piece& p, const AxisRows& dp) {
       Scratch scratch(k.map[(int)b.dtype].plane_scratch(s.h, s.w, s.c));
       PlaneArgs a = plane_of(b, p, b.grad, scratch);
@@ -262,20 +338,23 @@ void zero_all(const BackwardArgs& b) {
   zero(g.bn_weight, s.m); zero(g.bn_bias, s.m);
   zero(g.conv_h_weight, s.m * s.c); zero(g.conv_h_bias, s.c);
   zero(g.conv_w_weight, s.m * s.c); zero(g.conv_w_bias, s.c);
+  zero(g.before_weight, s.c); zero(g.before_bias, s.c);
 }
 
 // Before and after the point where batch statistics need all rows.
 struct Halves {
   const BackwardArgs& b;
+  const Ahead ahead;
   MixBackward mix;
   Threads threads, few;
 
-  Halves(const BackwardArgs& args, const Kernels& k, const Middle& middle, const MixGradients& to, const Threads& all)
-      : b(args), mix(args, k, middle, to), threads(worth(all, 2 * work_ns(args))),
+  Halves(const BackwardArgs& args, const Kernels& k, const Middle& middle, const MixGradients& to, const Threads& all,
+         const Ahead& reading = {})
+      : b(args), ahead(reading), mix(args, k, middle, to), threads(worth(all, 2 * work_ns(args))),
         few(worth(all, 0.1 * (double)(args.shape.rows() * args.shape.c * args.shape.m))) {}
 
   void local(double* sums) {
-    reduce(b, mix.k, threads, b.grad, b.x, b.saved.gates, mix.ds);
+    reduce(b, mix.k, ahead, threads, b.grad, b.x, b.saved.gates, mix.ds);
     mix.activation(few, sums);
   }
 
@@ -284,7 +363,8 @@ struct Halves {
     if (b.dtype == DType::f64) mix.normalisation<double>(few, sums, all_sums, all_rows);
     else mix.normalisation<float>(few, sums, all_sums, all_rows);
     if (g.conv1_weight || g.conv_h_weight || g.conv_w_weight || g.conv_h_bias || g.conv_w_bias) mix.weights(few);
-    if (g.dx.data) mix.spread(threads);
+    if (b.before.norm != Norm::none) mix.before(threads, ahead.args, ahead.read);
+    else if (g.dx.data) mix.spread(threads);
   }
 };
 
@@ -296,7 +376,9 @@ void backward(const BackwardArgs& b, const Threads& all_threads) {
   const Shape& s = b.shape;
   int64_t bytes = acc_bytes_of(b.dtype), sums_bytes = Scratch::round(2 * s.m * 8);
   int64_t ds_bytes = Scratch::round(s.rows() * s.c * bytes), z_bytes = Scratch::round(s.rows() * s.m * bytes);
-  Scratch scratch(Middle::scratch_bytes(b) + ds_bytes + 2 * z_bytes + sums_bytes);
+  const bool before = b.before.norm != Norm::none;
+  Scratch scratch(Middle::scratch_bytes(b) + Ahead::scratch_bytes(b) + ds_bytes + 2 * z_bytes + sums_bytes);
+  const Ahead ahead = before ? Ahead(b, k, scratch, b.saved.before_mean, b.saved.before_var) : Ahead();
   Middle middle(b, k, scratch, b.norm == Norm::none ? nullptr : b.saved.mean,
                 b.norm == Norm::none ? nullptr : b.saved.var, true);
   MixGradients to;
@@ -304,7 +386,7 @@ void backward(const BackwardArgs& b, const Threads& all_threads) {
   to.du = scratch.bytes(z_bytes);
   to.y = scratch.bytes(z_bytes);
   double* sums = (double*)scratch.bytes(sums_bytes);
-  Halves halves(b, k, middle, to, all_threads);
+  Halves halves(b, k, middle, to, all_threads, ahead);
   halves.local(sums);
   halves.joined(sums, sums, s.rows());
 }
@@ -352,7 +434,7 @@ void pool_backward(const PoolArgs& p, const Threads& all_threads) {
 }
 
 void gate_backward(const GateArgs& g, const Threads& all_threads) {
-  reduce(g, kernels(), worth(all_threads, work_ns(g)), g.grad, g.x, g.gates, g.dlogits);
+  reduce(g, kernels(), Ahead(), worth(all_threads, work_ns(g)), g.grad, g.x, g.gates, g.dlogits);
   GateArgs dx = g;  // the gate is linear in x: dx is the gate applied to grad
   dx.x = g.grad;
   gate(dx, all_threads);

@@ -169,6 +169,94 @@ std::tuple<Tensor, Tensor, Tensor> gate_backward(const Tensor& grad, const Tenso
   return {dx, ds_h, ds_w};
 }
 
+// The block with a normalisation and an activation before it.
+
+struct BeforeTensors {
+  const MaybeTensor &weight, &bias, &mean, &var;
+  double eps;
+};
+
+Before before_of(const Tensor& x, const BeforeTensors& t, int64_t norm, int64_t activation, Parameters& params) {
+  check_map(x, "x");
+  CHECK(norm == (int64_t)Norm::given || norm == (int64_t)Norm::batch, "before_norm must be 1 or 2, got ", norm);
+  CHECK(activation >= no_activation && activation < activations, "before_activation must be -1 to ", activations - 1, ", got ",
+        activation);
+  CHECK(!(t.eps < 0) && !(t.eps == 0 && norm == (int64_t)Norm::batch), "before_eps is ", t.eps,
+        ", expected a positive number, or zero beside given statistics");
+  Before before;
+  before.norm = (Norm)norm;
+  before.activation = (int)activation;
+  const int64_t c = x.size(1);
+  before.weight = params.numbers(t.weight, c, "before_weight");
+  before.bias = params.numbers(t.bias, c, "before_bias");
+  before.eps = t.eps;
+  if (before.norm == Norm::given) {
+    CHECK(t.mean && t.var, "before_norm 1 needs before_mean and before_var");
+    before.mean = params.vector(t.mean, c, "before_mean");
+    before.var = params.vector(t.var, c, "before_var");
+  }
+  return before;
+}
+
+#define BEFORE_PARAMETERS                                                                                    \
+  const MaybeTensor &before_weight, const MaybeTensor &before_bias, const MaybeTensor &before_mean,          \
+      const MaybeTensor &before_var, double before_eps
+#define BEFORE_TENSORS BeforeTensors{before_weight, before_bias, before_mean, before_var, before_eps}
+
+Tensor norm_attend(const Tensor& x, BEFORE_PARAMETERS, int64_t before_activation, FORWARD_PARAMETERS, int64_t activation, bool skip) {
+  Parameters params(x);
+  const Before before = before_of(x, BEFORE_TENSORS, (int64_t)Norm::given, before_activation, params);
+  MaybeTensor out;
+  Fused<Cpu>::infer(x, FORWARD_TENSORS, activation, skip, before, std::nullopt, out);
+  return *out;
+}
+
+using NormTrained = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NormTrained norm_attend_train(const Tensor& x, BEFORE_PARAMETERS, int64_t before_norm, int64_t before_activation,
+                              FORWARD_PARAMETERS, int64_t norm, int64_t activation, bool skip) {
+  Parameters params(x);
+  ForwardArgs args(call_of(x, norm, activation, skip));
+  args.before = before_of(x, BEFORE_TENSORS, before_norm, before_activation, params);
+  Tensor mean = empty1(x, x.size(1), acc_of(x)), var = empty1(x, x.size(1), acc_of(x));
+  if (!x.numel() && args.before.norm == Norm::batch) {
+    torch::stable::fill_(mean, 0);
+    torch::stable::fill_(var, 1);
+  }
+  args.saved.before_mean = mean.mutable_data_ptr();
+  args.saved.before_var = var.mutable_data_ptr();
+  Trained made = Fused<Cpu>::train(args, x, FORWARD_TENSORS, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+  return std::tuple_cat(std::move(made), std::make_tuple(mean, var));
+}
+
+using NormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NormGradients norm_attend_backward(const Tensor& grad, const Tensor& x, const Tensor& pooled, const Tensor& squeezed,
+                                   const Tensor& gates, const Tensor& mean, const Tensor& var, const Tensor& before_mean,
+                                   const Tensor& before_var, const MaybeTensor& before_weight, const MaybeTensor& before_bias,
+                                   double before_eps, int64_t before_norm, int64_t before_activation, const Tensor& conv1_weight,
+                                   const MaybeTensor& bn_weight, const MaybeTensor& bn_bias, double eps,
+                                   const Tensor& conv_h_weight, const Tensor& conv_w_weight, int64_t norm, int64_t activation,
+                                   bool skip, int64_t needs) {
+  Parameters params(x);
+  BackwardArgs args(call_of(x, norm, activation, skip));
+  const int64_t c = x.size(1);
+  args.saved.before_mean = saved_data(before_mean, x, c, "before_mean");
+  args.saved.before_var = saved_data(before_var, x, c, "before_var");
+  const MaybeTensor given_mean = before_mean, given_var = before_var;
+  args.before = before_of(x, {before_weight, before_bias, given_mean, given_var, before_eps}, before_norm, before_activation, params);
+  const Tensor& like = before_weight ? *before_weight : before_mean;
+  Tensor weight = MadeGradients::vector(needs & need_before_weight, c, like, args.out.before_weight);
+  Tensor bias = MadeGradients::vector(needs & need_before_bias, c, before_bias ? *before_bias : like, args.out.before_bias);
+  GradientTensors made = Fused<Cpu>::gradients(args, grad, x, pooled, squeezed, gates, mean, var, conv1_weight, bn_weight, bn_bias,
+                                               eps, conv_h_weight, conv_w_weight, needs);
+  if (!x.numel()) {
+    torch::stable::zero_(weight);
+    torch::stable::zero_(bias);
+  }
+  return std::tuple_cat(std::move(made), std::make_tuple(weight, bias));
+}
+
 // A training call under batch statistics of several processes, in halves: moments, then sums, go to all in between.
 
 // squeezed [R, M] and all that depends on M alone.
@@ -298,7 +386,19 @@ GradientTensors attend_backward_joined(const Tensor& grad, const Tensor& x, cons
 
 }  // namespace
 
+#define BEFORE_SCHEMA "Tensor? before_weight, Tensor? before_bias, Tensor? before_mean, Tensor? before_var, float before_eps, "
+
 COORDATT_REGISTER(more_definitions, nullptr, m) {
+  m.def("norm_attend(Tensor x, " BEFORE_SCHEMA "int before_activation, " PARAMETER_SCHEMA "int activation, bool skip) -> Tensor");
+  m.def("norm_attend_train(Tensor x, " BEFORE_SCHEMA "int before_norm, int before_activation, " PARAMETER_SCHEMA
+        "int norm, int activation, bool skip) -> (Tensor out, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, "
+        "Tensor var, Tensor batch_mean, Tensor batch_var)");
+  m.def("norm_attend_backward(Tensor grad, Tensor x, Tensor pooled, Tensor squeezed, Tensor gates, Tensor mean, Tensor var, "
+        "Tensor before_mean, Tensor before_var, Tensor? before_weight, Tensor? before_bias, float before_eps, int before_norm, "
+        "int before_activation, Tensor conv1_weight, Tensor? bn_weight, Tensor? bn_bias, float eps, Tensor conv_h_weight, "
+        "Tensor conv_w_weight, int norm, int activation, bool skip, int needs) -> (Tensor dx, Tensor dconv1_weight, "
+        "Tensor dconv1_bias, Tensor dbn_weight, Tensor dbn_bias, Tensor dconv_h_weight, Tensor dconv_h_bias, "
+        "Tensor dconv_w_weight, Tensor dconv_w_bias, Tensor dbefore_weight, Tensor dbefore_bias)");
   m.def("attend_train_local(Tensor x, Tensor conv1_weight, Tensor? conv1_bias) -> "
         "(Tensor pooled, Tensor squeezed, Tensor moments)");
   m.def("attend_train_joined(Tensor x, Tensor squeezed, Tensor moments, Tensor? bn_weight, Tensor? bn_bias, float eps, "
@@ -317,6 +417,9 @@ COORDATT_REGISTER(more_definitions, nullptr, m) {
 
 COORDATT_REGISTER(implementations, "CPU", m) {
   COORDATT_IMPLEMENT(m, Cpu);
+  m.impl("norm_attend", TORCH_BOX(&norm_attend));
+  m.impl("norm_attend_train", TORCH_BOX(&norm_attend_train));
+  m.impl("norm_attend_backward", TORCH_BOX(&norm_attend_backward));
   m.impl("attend_train_local", TORCH_BOX(&attend_train_local));
   m.impl("attend_train_joined", TORCH_BOX(&attend_train_joined));
   m.impl("attend_backward_local", TORCH_BOX(&attend_backward_local));

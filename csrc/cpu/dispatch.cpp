@@ -15,6 +15,7 @@ struct Level {
   void (*pool)(Kernels&);
   void (*mix)(Kernels&);
   void (*gate)(Kernels&);
+  void (*norm)(Kernels&);
 };
 
 #if defined(__x86_64__)
@@ -43,6 +44,10 @@ void add_gate_bf16(Kernels& k) {
   avx512::add_gate(k);
   avx512_bf16::add_gate(k);
 }
+void add_norm_bf16(Kernels& k) {
+  avx512::add_norm(k);
+  avx512_bf16::add_norm(k);
+}
 #endif
 #if defined(COORDATT_HAVE_NEON)
 bool has_neon() { return true; }
@@ -51,18 +56,18 @@ bool has_neon() { return true; }
 // Widest first.
 const Level levels[] = {
 #if defined(COORDATT_HAVE_AVX512_BF16)
-    {"avx512_bf16", has_avx512_bf16, add_pool_bf16, avx512::add_mix, add_gate_bf16},
+    {"avx512_bf16", has_avx512_bf16, add_pool_bf16, avx512::add_mix, add_gate_bf16, add_norm_bf16},
 #endif
 #if defined(COORDATT_HAVE_AVX512)
-    {"avx512", has_avx512, avx512::add_pool, avx512::add_mix, avx512::add_gate},
+    {"avx512", has_avx512, avx512::add_pool, avx512::add_mix, avx512::add_gate, avx512::add_norm},
 #endif
 #if defined(COORDATT_HAVE_AVX2)
-    {"avx2", has_avx2, avx2::add_pool, avx2::add_mix, avx2::add_gate},
+    {"avx2", has_avx2, avx2::add_pool, avx2::add_mix, avx2::add_gate, avx2::add_norm},
 #endif
 #if defined(COORDATT_HAVE_NEON)
-    {"neon", has_neon, neon::add_pool, neon::add_mix, neon::add_gate},
+    {"neon", has_neon, neon::add_pool, neon::add_mix, neon::add_gate, neon::add_norm},
 #else
-    {"baseline", has_baseline, baseline::add_pool, baseline::add_mix, baseline::add_gate},
+    {"baseline", has_baseline, baseline::add_pool, baseline::add_mix, baseline::add_gate, baseline::add_norm},
 #endif
 };
 constexpr int level_count = sizeof(levels) / sizeof(levels[0]);
@@ -76,6 +81,7 @@ const Kernels* table(int i) {
   levels[i].pool(k);
   levels[i].mix(k);
   levels[i].gate(k);
+  levels[i].norm(k);
   return &k;
 }
 

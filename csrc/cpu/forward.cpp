@@ -7,17 +7,24 @@ namespace {
 
 const Threads one_thread = {1, nullptr};
 
-void pool_piece(const ForwardArgs& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
+// A call, and how its map is read.
+struct Forward : ForwardArgs {
+  explicit Forward(const ForwardArgs& args) : ForwardArgs(args) {}
+  Ahead ahead;
+};
+
+void pool_piece(const Forward& f, const Kernels& k, const Piece& p, const AxisRows& pooled) {
   Scratch scratch(k.map[(int)f.dtype].plane_scratch(f.shape.h, f.shape.w, f.shape.c));
   PlaneArgs a = plane_args(f, p, scratch);
   a.x = start_of(p, f, f.x);
   a.x_step = f.x.step;
   a.pooled = pooled;
-  k.map[(int)f.dtype].pool[f.nhwc](a);
+  a.before = f.ahead.args;
+  k.map[(int)f.dtype].pool[f.ahead.read][f.nhwc](a);
 }
 
 // One axis' gates of one piece: sigmoid(conv(y)).
-void expand(const ForwardArgs& f, const Kernels& k, const Piece& p, const void* y, int64_t rows, void* weight,
+void expand(const Forward& f, const Kernels& k, const Piece& p, const void* y, int64_t rows, void* weight,
             const void* transposed, const void* bias, void* gates) {
   const MixKernels& mix = mix_of(k, f.dtype);
   int64_t m = f.shape.m, bytes = acc_bytes_of(f.dtype);
@@ -47,7 +54,7 @@ void expand(const ForwardArgs& f, const Kernels& k, const Piece& p, const void* 
 }
 
 // The middle's second half (y -> gates) and the gate.
-void gate_map(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, void* y, void* gates) {
+void gate_map(const Forward& f, const Kernels& k, const Middle& middle, const Threads& threads, void* y, void* gates) {
   const Shape& s = f.shape;
   int64_t bytes = acc_bytes_of(f.dtype);
   auto form_gates = [&](const Piece& p) {
@@ -63,7 +70,8 @@ void gate_map(const ForwardArgs& f, const Kernels& k, const Middle& middle, cons
     a.out = start_of(p, f, f.out);
     a.out_step = f.out.step;
     a.gates = rows_of(p, gates, s, s.c, bytes);
-    k.map[(int)f.dtype].gate[f.nhwc](a);
+    a.before = f.ahead.args;
+    k.map[(int)f.dtype].gate[f.ahead.read][f.nhwc](a);
   };
   Pieces pieces(f, threads.count);
   const bool by_rows = pieces.cut() && whole_pixels_pay(f);
@@ -81,7 +89,7 @@ void gate_map(const ForwardArgs& f, const Kernels& k, const Middle& middle, cons
 }
 
 // squeezed[r] = conv1(pooled[r]) for all rows, and y = act(norm(squeezed)) if y is not null (y may be squeezed).
-void squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, const void* pooled,
+void squeeze(const Forward& f, const Kernels& k, const Middle& middle, const Threads& threads, const void* pooled,
              void* squeezed, void* y) {
   const MixKernels& mix = mix_of(k, f.dtype);
   int64_t bytes = acc_bytes_of(f.dtype), c = f.shape.c, m = f.shape.m, rows = f.shape.rows();
@@ -112,9 +120,9 @@ void squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const
 }
 
 // Images [first, first + count) of an inference call.
-void infer(const ForwardArgs& all, const Kernels& k, const Middle& middle, const Threads& threads, int64_t first,
+void infer(const Forward& all, const Kernels& k, const Middle& middle, const Threads& threads, int64_t first,
            int64_t count) {
-  ForwardArgs f = all;
+  Forward f = all;
   int64_t size = bytes_of(f.dtype), bytes = acc_bytes_of(f.dtype);
   f.shape.n = count;
   f.x.data = at(f.x.data, first * f.x.image, size);
@@ -134,7 +142,7 @@ void infer(const ForwardArgs& all, const Kernels& k, const Middle& middle, const
 }
 
 // x -> saved.pooled and saved.squeezed; under batch statistics saved.mean and saved.var, or moments where it is not null.
-void train_squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle, const Threads& threads, double* moments) {
+void train_squeeze(const Forward& f, const Kernels& k, const Middle& middle, const Threads& threads, double* moments) {
   const Shape& s = f.shape;
   int64_t bytes = acc_bytes_of(f.dtype);
   Pieces pieces(f, threads.count);
@@ -155,7 +163,7 @@ void train_squeeze(const ForwardArgs& f, const Kernels& k, const Middle& middle,
 }
 
 // saved.squeezed and the statistics -> saved.gates and out.
-void train_gate(const ForwardArgs& f, const Kernels& k, Middle& middle, const Threads& threads) {
+void train_gate(const Forward& f, const Kernels& k, Middle& middle, const Threads& threads) {
   const Shape& s = f.shape;
   int64_t bytes = acc_bytes_of(f.dtype);
   if (f.norm == Norm::batch) {
@@ -197,25 +205,70 @@ template <class A> int64_t join(const double* moments, int64_t processes, int64_
   return (int64_t)rows;
 }
 
+// Batch statistics of x before the block: mean and biased variance by channel, joined over the images in their order.
+template <class A>
+void join_images(const double* moments, const Shape& s, A* mean, A* var) {
+  const double pixels = (double)(s.h * s.w);
+  for (int64_t c = 0; c < s.c; ++c) {
+    const double* of = moments + c;
+    double centre = 0, square = 0;
+    for (int64_t i = 0; i < s.n; ++i, of += 2 * s.c) {
+      const double delta = of[0] - centre, share = 1 / (double)(i + 1);
+      square += of[s.c] + delta * delta * pixels * ((double)i * share);
+      const double moved = centre + delta * share;
+      centre = moved - moved == 0 ? moved : centre * (1 - share) + of[0] * share;
+    }
+    mean[c] = (A)centre;
+    var[c] = (A)(square / (pixels * (double)s.n));
+  }
+}
+
+void statistics_before(const ForwardArgs& f, const Kernels& k, const Threads& threads, void* mean, void* var) {
+  const Shape& s = f.shape;
+  Scratch scratch(s.n * 2 * s.c * 8);
+  double* moments = (double*)scratch.bytes(0);
+  Pieces pieces(f, threads.count);
+  run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
+    Scratch none(0);
+    for (int64_t i = begin; i < end; ++i) {
+      PlaneArgs a = plane_args(f, pieces[i], none);
+      a.x = start_of(pieces[i], f, f.x);
+      a.x_step = f.x.step;
+      a.sum = moments + pieces[i].image * 2 * s.c;
+      a.square = a.sum + s.c;
+      k.map[(int)f.dtype].moments[f.nhwc](a);
+    }
+  });
+  if (f.dtype == DType::f64) join_images(moments, s, (double*)mean, (double*)var);
+  else join_images(moments, s, (float*)mean, (float*)var);
+}
+
 }  // namespace
 
-void forward(const ForwardArgs& f, const Threads& all_threads) {
+void forward(const ForwardArgs& args, const Threads& all_threads) {
   const Kernels& k = kernels();
+  Forward f(args);
   const Shape& s = f.shape;
-  int64_t m_bytes = Scratch::round(s.m * acc_bytes_of(f.dtype));
-  Scratch scratch(2 * m_bytes + Middle::scratch_bytes(f));
-  void *mean = nullptr, *var = nullptr;
-  if (f.norm == Norm::given) {
-    DType acc = acc_of(f.dtype);
-    mean = f.saved.mean ? f.saved.mean : scratch.bytes(m_bytes);
-    var = f.saved.var ? f.saved.var : scratch.bytes(m_bytes);
-    load_param(k, acc, f.params.mean, s.m, mean);
-    load_param(k, acc, f.params.var, s.m, var);
-  }
+  const DType acc = acc_of(f.dtype);
+  const bool ahead = f.before.norm != Norm::none;
+  const int64_t m_bytes = Scratch::round(s.m * bytes_of(acc)), c_bytes = ahead ? Scratch::round(padded(s.c) * bytes_of(acc)) : 0;
+  Scratch scratch(2 * m_bytes + 2 * c_bytes + Middle::scratch_bytes(f) + Ahead::scratch_bytes(f));
+  auto given = [&](const Param& from, int64_t count, void* kept) {
+    void* to = kept ? kept : scratch.bytes(count * bytes_of(acc));
+    load_param(k, acc, from, count, to);
+    return to;
+  };
+  const bool fixed = f.norm == Norm::given, fixed_before = f.before.norm == Norm::given;
+  const void* mean = fixed ? given(f.params.mean, s.m, f.saved.mean) : nullptr;
+  const void* var = fixed ? given(f.params.var, s.m, f.saved.var) : nullptr;
+  void* before_mean = fixed_before ? given(f.before.mean, s.c, f.saved.before_mean) : f.saved.before_mean;
+  void* before_var = fixed_before ? given(f.before.var, s.c, f.saved.before_var) : f.saved.before_var;
   if (s.n * s.c * s.h * s.w == 0) return;
+  Threads threads = worth(all_threads, work_ns(f));
+  if (f.before.norm == Norm::batch) statistics_before(f, k, threads, before_mean, before_var);
+  if (ahead) f.ahead = Ahead(f, k, scratch, before_mean, before_var);
   // One image does not repay a pass over the transposed weights (the call at 960 x 7 x 7: 49.2 us with, 45.8 us without).
   Middle middle(f, k, scratch, mean, var, s.n > 1);
-  Threads threads = worth(all_threads, work_ns(f));
   if (f.saved.pooled) {
     train_squeeze(f, k, middle, threads, nullptr);
     return train_gate(f, k, middle, threads);
@@ -227,7 +280,8 @@ void forward(const ForwardArgs& f, const Threads& all_threads) {
   if (whole < s.n) infer(f, k, middle, threads, whole, s.n - whole);
 }
 
-void forward_local(const ForwardArgs& f, double* moments, const Threads& all_threads) {
+void forward_local(const ForwardArgs& args, double* moments, const Threads& all_threads) {
+  const Forward f(args);
   const Shape& s = f.shape;
   if (s.n * s.c * s.h * s.w == 0) {
     for (int64_t i = 0; i < 1 + 2 * s.m; ++i) moments[i] = 0;
@@ -240,7 +294,8 @@ void forward_local(const ForwardArgs& f, double* moments, const Threads& all_thr
   train_squeeze(f, k, middle, worth(all_threads, work_ns(f)), moments + 1);
 }
 
-int64_t forward_joined(const ForwardArgs& f, const double* moments, int64_t processes, const Threads& all_threads) {
+int64_t forward_joined(const ForwardArgs& args, const double* moments, int64_t processes, const Threads& all_threads) {
+  const Forward f(args);
   const Shape& s = f.shape;
   int64_t rows = f.dtype == DType::f64 ? join(moments, processes, s.m, (double*)f.saved.mean, (double*)f.saved.var)
                                        : join(moments, processes, s.m, (float*)f.saved.mean, (float*)f.saved.var);
@@ -257,7 +312,7 @@ void pool(const PoolArgs& p, const Threads& all_threads) {
   Threads threads = worth(all_threads, work_ns(p));
   Pieces pieces(p, threads.count);
   int64_t bytes = acc_bytes_of(p.dtype), c = p.shape.c, length = p.shape.length();
-  ForwardArgs f(p);
+  Forward f{ForwardArgs(p)};
   f.x = p.x;
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -282,7 +337,7 @@ void gate(const GateArgs& g, const Threads& all_threads) {
       a.out = start_of(p, g, g.out);
       a.out_step = g.out.step;
       a.gates = rows_of(p, g.gates, g.shape, g.shape.c, bytes);
-      k.map[(int)g.dtype].gate[g.nhwc](a);
+      k.map[(int)g.dtype].gate[as_is][g.nhwc](a);
     }
   });
 }

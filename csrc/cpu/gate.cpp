@@ -1,5 +1,6 @@
 // Gate: out = x * a_w * a_h (+ x). Backward (reduce): dlogits = a (1 - a) * sum of grad * x * the other gate.
 #include "apply.h"
+#include "before.h"
 #include "sums.h"
 
 namespace coordatt {
@@ -18,9 +19,9 @@ template <class A> struct Gating {
   }
 };
 
-template <bool NHWC, class X>
+template <bool NHWC, class X, class R>
 void gate(const PlaneArgs& a) {
-  apply<NHWC, X>(a, Elements<X>{(const X*)a.x, a.x_step}, Gating<Acc<X>>{{{a.gates}}, a.skip});
+  apply<NHWC, X>(a, Elements<X, R>{(const X*)a.x, a.x_step, R(a.before)}, Gating<Acc<X>>{{{a.gates}}, a.skip});
 }
 
 // The lines' sums of t = grad * x times the other line's gate, times the slope of the sigmoid at their own.
@@ -35,18 +36,27 @@ template <class A> struct Reducing {
   COORDATT_MEMBER Vec<A> column(Vec<A> sum, Vec<A> gate) const { return row(sum, gate); }
 };
 
-template <bool NHWC, class X>
+template <bool NHWC, class X, class R>
 void reduce(const PlaneArgs& a) {
-  const Elements<X> grad = {(const X*)a.grad, a.grad_step}, x = {(const X*)a.x, a.x_step};
+  const Elements<X> grad = {(const X*)a.grad, a.grad_step};
+  const Elements<X, R> x = {(const X*)a.x, a.x_step, R(a.before)};
   sum_lines<NHWC, X>(a, product(grad, x), Reducing<Acc<X>>{a.gates}, a.dlogits);
+}
+
+template <class X, class R>
+COORDATT_INLINE void add_reading(MapKernels& k, Read read) {
+  k.gate[read][0] = gate<false, X, R>;
+  k.gate[read][1] = gate<true, X, R>;
+  k.gate_reduce[read][0] = reduce<false, X, R>;
+  k.gate_reduce[read][1] = reduce<true, X, R>;
 }
 
 template <class X>
 COORDATT_INLINE void add(MapKernels& k) {
-  k.gate[0] = gate<false, X>;
-  k.gate[1] = gate<true, X>;
-  k.gate_reduce[0] = reduce<false, X>;
-  k.gate_reduce[1] = reduce<true, X>;
+  using A = Acc<X>;
+  add_reading<X, AsIs>(k, as_is);
+  add_reading<X, Normalised<A, Bounded<A>>>(k, bounded);
+  add_reading<X, Normalised<A, Curved<A>>>(k, curved);
 }
 
 }  // namespace

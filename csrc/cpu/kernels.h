@@ -19,7 +19,20 @@ struct AxisRows {
   int64_t ld = 0;
 };
 
-// Pool, gate and their backward passes: one image, channels [c0, c1).
+// How a map is read: as it is, or as act(scale x + shift), whose activation cuts off (none, relu, relu6) or is curved.
+enum Read : int { as_is = 0, bounded = 1, curved = 2 };
+constexpr int reads = 3;
+
+// A channel's numbers of what stands before the block, [C] each, padded to whole vectors.
+struct BeforeArgs {
+  const void *scale = nullptr, *shift = nullptr;
+  int activation = no_activation;
+  // Backward, with du the gradient of scale x + shift: dx = scale * du - offset - (x - mean) * slope, or scale * du where
+  // offset is null.
+  const void *mean = nullptr, *offset = nullptr, *slope = nullptr;
+};
+
+// Pool, gate and their backward passes, and those of the normalisation before them: one image, channels [c0, c1).
 struct PlaneArgs {
   int64_t h, w, c0, c1;
   int64_t full_h;             // of the image: h is less for a piece of its rows, which the pointers start at
@@ -30,6 +43,8 @@ struct PlaneArgs {
   AxisRows pooled;   // pool: written; spread: read (their gradients)
   AxisRows gates;    // read
   AxisRows dlogits;  // gate_reduce: written
+  BeforeArgs before;
+  double *sum = nullptr, *square = nullptr;  // moments, before_sums: [C] each, of this image
   bool skip = false;
   void* scratch = nullptr;  // MapKernels::plane_scratch bytes
 };
@@ -79,10 +94,14 @@ struct NormArgs {
 
 // What depends on the stored type.
 struct MapKernels {
-  void (*pool[2])(const PlaneArgs&);         // [0] nchw, [1] nhwc
-  void (*gate[2])(const PlaneArgs&);         // x, gates -> out
-  void (*gate_reduce[2])(const PlaneArgs&);  // grad, x, gates -> dlogits
-  void (*spread[2])(const PlaneArgs&);       // grad, gates, pooled -> out (dx); grad null: only the pooling's part
+  void (*pool[reads][2])(const PlaneArgs&);         // x -> pooled; [0] nchw, [1] nhwc
+  void (*gate[reads][2])(const PlaneArgs&);         // x, gates -> out
+  void (*gate_reduce[reads][2])(const PlaneArgs&);  // grad, x, gates -> dlogits
+  void (*spread[2])(const PlaneArgs&);              // grad, gates, pooled -> out (dx); grad null: only the pooling's part
+  void (*moments[2])(const PlaneArgs&);             // x -> a channel's mean, and sum of squared deviations from it
+  // With dv what spread gives and du = dv times the activation's slope, of Read bounded and curved:
+  void (*before_sums[reads][2])(const PlaneArgs&);    // grad, x, gates, pooled -> sums of du and of du * (x - mean)
+  void (*before_spread[reads][2])(const PlaneArgs&);  // grad, x, gates, pooled -> out (dx)
   int64_t (*plane_scratch)(int64_t h, int64_t w, int64_t c);
   void (*to_acc)(const void* from, void* to, int64_t count);
   void (*from_acc)(const void* from, void* to, int64_t count);
@@ -116,6 +135,7 @@ inline int64_t act_scratch_bytes(int64_t m) { return 5 * m * max_lanes * 8; }
   namespace level {                                       \
   void add_pool(Kernels&);                                \
   void add_mix(Kernels&);                                 \
+  void add_norm(Kernels&);                                \
   void add_gate(Kernels&);                                \
   }
 COORDATT_DECLARE_LEVEL(baseline)

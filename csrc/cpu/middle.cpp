@@ -32,6 +32,52 @@ void fold_scale(const Call& call, const Kernels& k, const void* var, void* scale
   else fold(call, k, (const float*)var, (float*)scale);
 }
 
+namespace {
+
+// Folded in float64, as the products may cancel.
+template <class A>
+void fold_before(const Call& call, const Kernels& k, const A* mean, const A* var, A* scale, A* shift) {
+  const Before& before = call.before;
+  const int64_t c = call.shape.c;
+  if (before.weight) load_param(k, acc_of(call.dtype), before.weight, c, scale);
+  else fill(scale, c, A(1));
+  if (before.bias) load_param(k, acc_of(call.dtype), before.bias, c, shift);
+  else fill(shift, c, A(0));
+  for (int64_t i = 0; i < c; ++i) {
+    const double by = (double)scale[i] / sqrt((double)var[i] + before.eps);
+    scale[i] = (A)by;
+    shift[i] = (A)((double)shift[i] - (double)mean[i] * by);
+  }
+  for (int64_t i = c; i < padded(c); ++i) scale[i] = shift[i] = 0;
+}
+
+Read read_of(int activation) {
+  if (activation == no_activation) return bounded;
+  switch ((Activation)activation) {
+    case Activation::relu:
+    case Activation::relu6: return bounded;
+    case Activation::hard_swish:
+    case Activation::silu: return curved;
+  }
+  return bounded;
+}
+
+}  // namespace
+
+int64_t Ahead::scratch_bytes(const Call& call) { return 2 * Scratch::round(padded(call.shape.c) * acc_bytes_of(call.dtype)); }
+
+Ahead::Ahead(const Call& call, const Kernels& k, Scratch& scratch, const void* mean, const void* var)
+    : read(read_of(call.before.activation)) {
+  const int64_t bytes = padded(call.shape.c) * acc_bytes_of(call.dtype);
+  void *scale = scratch.bytes(bytes), *shift = scratch.bytes(bytes);
+  if (call.dtype == DType::f64) fold_before(call, k, (const double*)mean, (const double*)var, (double*)scale, (double*)shift);
+  else fold_before(call, k, (const float*)mean, (const float*)var, (float*)scale, (float*)shift);
+  args.scale = scale;
+  args.shift = shift;
+  args.activation = call.before.activation;
+  args.mean = mean;
+}
+
 int64_t Middle::scratch_bytes(const Call& call) {
   int64_t c = call.shape.c, m = call.shape.m;
   return (5 * m * c + 2 * c + 4 * m) * acc_bytes_of(call.dtype) + 11 * 64;

@@ -1,4 +1,4 @@
-// What mix takes of a call's parameters.
+// What kernels take of a call's parameters: mix's, and those of what stands before the block.
 #pragma once
 
 #include "work.h"
@@ -17,6 +17,16 @@ struct Middle {
   static int64_t scratch_bytes(const Call&);
   // mean, var: in the accumulate type; null without normalisation or while they are not known.
   Middle(const Call&, const Kernels&, Scratch&, const void* mean, const void* var, bool transpose);
+};
+
+// What kernels take of Call::before, prepared once per call from the caller's scratch.
+struct Ahead {
+  Read read = as_is;
+  BeforeArgs args;
+  // mean, var: [C] in the accumulate type.
+  static int64_t scratch_bytes(const Call&);
+  Ahead() = default;
+  Ahead(const Call&, const Kernels&, Scratch&, const void* mean, const void* var);
 };
 
 // scale = bn_weight / sqrt(var + eps), or bn_weight where var is null.

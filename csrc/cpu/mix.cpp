@@ -1,6 +1,6 @@
 // Mix: the channel-mixing middle. Two matrix kernels serve it forward and backward, both with channels in the lanes:
 // dot (contract over channels) and axpy (produce channels); the rest is elementwise over [rows, M].
-#include "simd.h"
+#include "activation.h"
 
 namespace coordatt {
 namespace COORDATT_LEVEL {
@@ -105,48 +105,6 @@ void axpy(const AxpyArgs& x) {
   for (; c + CV * n <= x.c1; c += CV * n) axpy_columns<CV, A>(x, c, tail);
   for (; c + n <= x.c1; c += n) axpy_columns<1, A>(x, c, tail);
   if (c < x.c1) axpy_columns<0, A>(x, c, tail);
-}
-
-template <class V> COORDATT_INLINE V clamp(V u, float low, float high) {
-  V lo = low - V{}, hi = high - V{};
-  u = u < lo ? lo : u;
-  return u > hi ? hi : u;
-}
-
-// The value of an activation; comparisons are written so that NaN passes through.
-template <Activation F, class V> COORDATT_INLINE V activate(V u) {
-  if constexpr (F == Activation::hard_swish) {
-    return u * (clamp(u + 3.0f, 0.0f, 6.0f) * (decltype(u[0] + 0))(1.0 / 6.0));
-  } else if constexpr (F == Activation::silu) {
-    return u * sigmoid(u);
-  } else if constexpr (F == Activation::relu) {
-    return u < 0.0f ? V{} : u;
-  } else {
-    static_assert(F == Activation::relu6);
-    return clamp(u, 0.0f, 6.0f);
-  }
-}
-
-// dy times the slope. Where that is zero by a comparison the result is selected, as in PyTorch's kernels: NaN or infinity
-// times zero would be NaN.
-template <Activation F, class V> COORDATT_INLINE V activate_backward(V u, V dy) {
-  V zero = {};
-  if constexpr (F == Activation::hard_swish) {
-    auto sixth = (decltype(u[0] + 0))(1.0 / 6.0);
-    V slope = u * sixth;
-    slope = u >= 3.0f ? zero : slope;
-    V du = dy * (slope + clamp(u + 3.0f, 0.0f, 6.0f) * sixth);
-    return u <= -3.0f ? zero : du;
-  } else if constexpr (F == Activation::silu) {
-    V s = sigmoid(u);
-    return dy * (s * (1.0f + u * (1.0f - s)));
-  } else if constexpr (F == Activation::relu) {
-    return u <= 0.0f ? zero : dy;
-  } else {
-    static_assert(F == Activation::relu6);
-    dy = u > 0.0f ? dy : zero;  // NaN passes none, as in PyTorch's vectors
-    return u < 6.0f ? dy : zero;
-  }
 }
 
 // to[i] = from[i % m] over m whole vectors, so that a flat walk over [rows, M] finds its column's value in place.

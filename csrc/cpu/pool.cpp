@@ -1,5 +1,6 @@
 // Pool: x -> row and column means. Backward (spread): dx = grad * a_h * a_w + dp_h / W + dp_w / H.
-#include "apply.h"
+#include "before.h"
+#include "spread.h"
 #include "sums.h"
 
 namespace coordatt {
@@ -17,43 +18,18 @@ template <class A> struct Averaging {
   COORDATT_MEMBER Vec<A> column(Vec<A> sum, Vec<A>) const { return sum * by_h; }
 };
 
-template <bool NHWC, class X>
+template <bool NHWC, class X, class R>
 void pool(const PlaneArgs& a) {
   using A = Acc<X>;
   const Averaging<A> means = {A(1) / (A)a.w, A(1) / (A)a.full_h};
-  sum_lines<NHWC, X>(a, Elements<X>{(const X*)a.x, a.x_step}, means, a.pooled);
+  sum_lines<NHWC, X>(a, Elements<X, R>{(const X*)a.x, a.x_step, R(a.before)}, means, a.pooled);
 }
-
-// dx of the pooling alone: what the rows' and columns' means pass back.
-template <bool NHWC, class A> struct Means {
-  static constexpr int numbers = 1;
-  static constexpr bool ahead = true;
-  Numbers<A> lines[1];
-  COORDATT_MEMBER Vec<A> operator()(int, const Vec<A>* row, const Vec<A>* column) const {
-    return NHWC ? fma(row[0], splat(lines[0].of_row), column[0] * lines[0].of_column) : column[0] + row[0];
-  }
-};
-
-// The same beside the gate's part, grad * a_w * a_h (+ grad).
-template <bool NHWC, class A> struct Spreading {
-  static constexpr int numbers = 2;
-  static constexpr bool ahead = true;
-  Numbers<A> lines[2];  // gates; means
-  bool skip;
-  COORDATT_MEMBER Vec<A> operator()(Vec<A> grad, const Vec<A>* row, const Vec<A>* column) const {
-    const Means<NHWC, A> means{{lines[1]}};
-    Vec<A> dx = fma(grad * column[0], row[0], means(0, row + 1, column + 1));
-    if (skip) dx += grad;
-    return dx;
-  }
-};
 
 template <bool NHWC, class X>
 void spread(const PlaneArgs& a) {
   using A = Acc<X>;
-  const Numbers<A> means = {a.pooled, A(1) / (A)a.w, A(1) / (A)a.full_h};
-  if (!a.grad) return apply<NHWC, X>(a, Nothing(), Means<NHWC, A>{{means}});
-  apply<NHWC, X>(a, Elements<X>{(const X*)a.grad, a.grad_step}, Spreading<NHWC, A>{{{a.gates}, means}, a.skip});
+  if (!a.grad) return apply<NHWC, X>(a, Nothing(), Means<NHWC, A>{{means_of<A>(a)}});
+  apply<NHWC, X>(a, Elements<X>{(const X*)a.grad, a.grad_step}, Spreading<NHWC, A>(a));
 }
 
 template <class X>
@@ -74,10 +50,18 @@ void from_acc(const void* from, void* to, int64_t count) {
   if (i < count) { Tail<A> tail(count - i); store((X*)to + i, load((const A*)from + i, tail), tail); }
 }
 
+template <class X, class R>
+COORDATT_INLINE void add_reading(MapKernels& k, Read read) {
+  k.pool[read][0] = pool<false, X, R>;
+  k.pool[read][1] = pool<true, X, R>;
+}
+
 template <class X>
 COORDATT_INLINE void add(MapKernels& k) {
-  k.pool[0] = pool<false, X>;
-  k.pool[1] = pool<true, X>;
+  using A = Acc<X>;
+  add_reading<X, AsIs>(k, as_is);
+  add_reading<X, Normalised<A, Bounded<A>>>(k, bounded);
+  add_reading<X, Normalised<A, Curved<A>>>(k, curved);
   k.spread[0] = spread<false, X>;
   k.spread[1] = spread<true, X>;
   k.plane_scratch = plane_scratch<X>;

@@ -117,7 +117,7 @@ COORDATT_INLINE void sum_planes(const PlaneArgs& a, const S source, const F f, c
       rows_to_tile<A>((const A*)f.gates.h + c, f.gates.ld, a.h, count, A(1), s.h[0], hp);
       rows_to_tile<A>((const A*)f.gates.w + c, f.gates.ld, a.w, count, A(1), s.w[0], wp);
     }
-    with_row_vectors<A>(a.w, [&](auto nv) __attribute__((always_inline)) {
+    with_row_vectors<A, S::row_vectors>(a.w, [&](auto nv) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
         sum_plane<decltype(nv)::value, A>(source.plane(c + i), a.h, a.w, s.h[0] + i * hp, s.w[0] + i * wp,
                                           together ? s.parts + i * n : s.parts, together ? n * n : n, columns + i * wp, f);

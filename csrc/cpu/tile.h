@@ -82,10 +82,15 @@ COORDATT_OUTLINE void parts_to_rows(const A* parts, int64_t len, int64_t count, 
   }
 }
 
-// Calls body(integral_constant NV) with NV = ceil(w / lanes) up to 8, or NV = 0 for wider rows.
-template <class A, class F>
+// Calls body(integral_constant NV) with NV = ceil(w / lanes) up to MOST (8 or 2), or NV = 0 for wider rows.
+template <class A, int MOST, class F>
 COORDATT_INLINE void with_row_vectors(int64_t w, F&& body) {
-  switch ((w + lanes<A> - 1) / lanes<A>) {
+  const int64_t vectors = (w + lanes<A> - 1) / lanes<A>;
+  if constexpr (MOST == 2) {
+    if (vectors == 1) return body(std::integral_constant<int, 1>());
+    if (vectors == 2) return body(std::integral_constant<int, 2>());
+    return body(std::integral_constant<int, 0>());
+  } else switch (vectors) {
     case 1: body(std::integral_constant<int, 1>()); break;
     case 2: body(std::integral_constant<int, 2>()); break;
     case 3: body(std::integral_constant<int, 3>()); break;

@@ -25,10 +25,10 @@ constexpr bool has_runs = COORDATT_VBYTES == 64, has_pairs = has_runs;
 constexpr int flat_limit = COORDATT_VBYTES == 64 ? 32 : COORDATT_VBYTES == 32 ? 8 : 0;  // the longest axis one table reaches
 
 // back_to_back: whether channels lie H * W elements apart in all maps of the pass.
-template <bool NHWC, bool READS, class A> COORDATT_INLINE Walk apply_walk(const PlaneArgs& a, bool back_to_back) {
+template <bool NHWC, bool READS, bool RUNS, class A> COORDATT_INLINE Walk apply_walk(const PlaneArgs& a, bool back_to_back) {
   if (NHWC) return Walk::pixels;
   if (sizeof(A) == 8) return Walk::plane;
-  if (has_runs && a.h + a.w <= 16 && a.h * a.w >= 16 && back_to_back) return Walk::run;
+  if (has_runs && RUNS && a.h + a.w <= 16 && a.h * a.w >= 16 && back_to_back) return Walk::run;
   if (READS && a.h <= flat_limit && a.w <= flat_limit) return Walk::flat;  // else no faster: 64 x 28 x 28 3.6 us, 3.7 flat
   return Walk::plane;
 }
@@ -75,12 +75,15 @@ template <class X> int64_t plane_scratch(int64_t h, int64_t w, int64_t c) {
   return PlaneScratch<Acc<X>>(nullptr, h, w, c).size;
 }
 
-// What becomes of a loaded vector before anything is computed with it: nothing. A functor that takes AsIs' place in
-// pool.cpp and gate.cpp (act(scale * x + shift), say) has its three members: of one channel (a plane's elements), of the
-// channels from c on (a pixel's), and of channel c + planes[l] in lane l (a run's); each returns, with that channel's
-// constants in vectors, a function of the loaded vector. Where a cut is given, lanes beyond it must come out zero, for sums
-// run over them; cut is a Tail, or the lanes of a pair of rows as a mask.
+// What becomes of a loaded vector before anything is computed with it: nothing. A functor that takes AsIs' place (before.h)
+// has its three members: of one channel (a plane's elements), of the channels from c on (a pixel's), and of channel
+// c + planes[l] in lane l (a run's); each returns, with that channel's constants in vectors, a function of the loaded vector.
+// Where a cut is given, lanes beyond it must come out zero, for sums run over them; cut is a Tail, or the lanes of a pair of
+// rows as a mask. row_vectors: how wide rows have a walk of their own (with_row_vectors).
 struct AsIs {
+  static constexpr int row_vectors = 8;
+  AsIs() = default;
+  explicit COORDATT_MEMBER AsIs(const BeforeArgs&) {}
   struct Of {
     template <class V, class... Cut> COORDATT_MEMBER V operator()(V v, Cut...) const { return v; }
   };
@@ -91,7 +94,8 @@ struct AsIs {
 
 // One map as walks read it: by the plane and by the pixel. at: one vector; ahead: into the cache; next: to the next row.
 template <class X, class R = AsIs> struct Elements {
-  static constexpr bool reads = true;
+  static constexpr bool reads = true, has_runs = true;
+  static constexpr int row_vectors = R::row_vectors;
   const X* data;
   int64_t step;  // as Map::step
   R read = {};
@@ -130,6 +134,7 @@ template <class X, class R = AsIs> struct Elements {
 
 // The product of two maps.
 template <class P, class Q> struct Both {
+  static constexpr int row_vectors = P::row_vectors < Q::row_vectors ? P::row_vectors : Q::row_vectors;
   P p;
   Q q;
   template <class... I> COORDATT_MEMBER auto at(I... i) const { return p.at(i...) * q.at(i...); }
