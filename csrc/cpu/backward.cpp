@@ -269,15 +269,13 @@ struct MixBackward {
 
   // sums: [N, 2, C] of du and du * (x - mean). In plain PyTorch's terms: dx = (du - offset - (x - mean) slope) scale.
   template <class A>
-  void fold_sums(const double* sums, const BeforeArgs& ahead, A* offset, A* slope) {
+  void fold_sums(double* sums, const BeforeArgs& ahead, A* offset, A* slope) {
     const A *scale = (const A*)ahead.scale, *var = (const A*)b.saved.before_var;
     const double count = (double)(b.shape.n * b.shape.h * b.shape.w);
+    for (int64_t n = 1; n < b.shape.n; ++n)
+      for (int64_t i = 0; i < 2 * c; ++i) sums[i] += sums[n * 2 * c + i];
     for (int64_t i = 0; i < c; ++i) {
-      double du = 0, dev = 0;
-      for (int64_t n = 0; n < b.shape.n; ++n) {
-        du += sums[n * 2 * c + i];
-        dev += sums[n * 2 * c + c + i];
-      }
+      const double du = sums[i], dev = sums[c + i];
       const double inv = 1 / sqrt((double)var[i] + b.before.eps);
       put<A>(b.out.before_weight, i, dev * inv);
       put<A>(b.out.before_bias, i, du);

@@ -207,19 +207,20 @@ template <class A> int64_t join(const double* moments, int64_t processes, int64_
 
 // Batch statistics of x before the block: mean and biased variance by channel, joined over the images in their order.
 template <class A>
-void join_images(const double* moments, const Shape& s, A* mean, A* var) {
+void join_images(double* moments, const Shape& s, A* mean, A* var) {
   const double pixels = (double)(s.h * s.w);
-  for (int64_t c = 0; c < s.c; ++c) {
-    const double* of = moments + c;
-    double centre = 0, square = 0;
-    for (int64_t i = 0; i < s.n; ++i, of += 2 * s.c) {
-      const double delta = of[0] - centre, share = 1 / (double)(i + 1);
-      square += of[s.c] + delta * delta * pixels * ((double)i * share);
-      const double moved = centre + delta * share;
-      centre = moved - moved == 0 ? moved : centre * (1 - share) + of[0] * share;
+  double *mean_of = moments, *square_of = moments + s.c;  // of the images so far, in the first one's place
+  for (int64_t i = 1; i < s.n; ++i) {
+    const double *next = moments + i * 2 * s.c, share = 1 / (double)(i + 1), weight = pixels * ((double)i * share);
+    for (int64_t c = 0; c < s.c; ++c) {
+      const double delta = next[c] - mean_of[c], moved = mean_of[c] + delta * share;
+      square_of[c] += next[s.c + c] + delta * delta * weight;
+      mean_of[c] = moved - moved == 0 ? moved : mean_of[c] * (1 - share) + next[c] * share;  // an infinite mean stays one
     }
-    mean[c] = (A)centre;
-    var[c] = (A)(square / (pixels * (double)s.n));
+  }
+  for (int64_t c = 0; c < s.c; ++c) {
+    mean[c] = (A)mean_of[c];
+    var[c] = (A)(square_of[c] / (pixels * (double)s.n));
   }
 }
 

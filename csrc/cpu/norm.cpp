@@ -14,6 +14,11 @@ namespace {
 struct Moments {
   double mean = 0, square = 0;
   COORDATT_MEMBER void join(int64_t before, int64_t count, double other_mean, double other_square) {
+    if (!before) {
+      mean = other_mean;
+      square = other_square;
+      return;
+    }
     const double all = (double)(before + count), share = (double)count / all, delta = other_mean - mean;
     square += other_square + delta * delta * ((double)before * share);
     const double moved = mean + delta * share;
@@ -29,10 +34,18 @@ COORDATT_INLINE void join_stretch(Moments& m, int64_t before, int64_t count, dou
   m.join(before, count, off - off == 0 ? pivot + off : pivot, rest);
 }
 
-template <class A> COORDATT_INLINE double over_lanes(Vec<A> v) {
-  double sum = 0;
-  for (int i = 0; i < lanes<A>; ++i) sum += (double)v[i];
-  return sum;
+// The sum of all lanes, halves by halves.
+template <class V> COORDATT_INLINE double over_lanes(V v) {
+#if defined(COORDATT_SIMD_AVX512)
+  if constexpr (sizeof(v[0]) == 4) return (double)_mm512_reduce_add_ps((__m512)v);
+  else return _mm512_reduce_add_pd((__m512d)v);
+#else
+  typename std::decay<decltype(v[0])>::type part[sizeof(V) / sizeof(v[0])];
+  memcpy(part, &v, sizeof(V));
+  for (int half = sizeof(V) / sizeof(v[0]) / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return (double)part[0];
+#endif
 }
 
 // Elements of a plane that are read twice in a row, the second time from L1.
@@ -59,7 +72,7 @@ COORDATT_INLINE void moments_of_planes(const PlaneArgs& a) {
         }
       for (; i < full; i += n) sum[0] += load(x + i);
       if (tail.k) sum[0] += load(x + i, tail);
-      const A mean = (A)(over_lanes<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) / (double)count);
+      const A mean = (A)(over_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / (double)count);
       Vec<A> off[K] = {}, square[K] = {};
       auto add = [&](int k, Vec<A> d) __attribute__((always_inline)) {
         off[k] += d;
@@ -69,8 +82,8 @@ COORDATT_INLINE void moments_of_planes(const PlaneArgs& a) {
         for (int k = 0; k < K; ++k) add(k, load(x + i + k * n) - mean);
       for (; i < full; i += n) add(0, load(x + i) - mean);
       if (tail.k) add(0, first(load(x + i, tail) - mean, tail));
-      join_stretch(all, e0, count, (double)mean, over_lanes<A>((off[0] + off[1]) + (off[2] + off[3])),
-                   over_lanes<A>((square[0] + square[1]) + (square[2] + square[3])));
+      join_stretch(all, e0, count, (double)mean, over_lanes((off[0] + off[1]) + (off[2] + off[3])),
+                   over_lanes((square[0] + square[1]) + (square[2] + square[3])));
     }
     a.sum[c] = all.mean;
     a.square[c] = all.square;
@@ -249,8 +262,8 @@ template <class A> struct Summed {
       if ((vectors += count) >= summed_vectors) flush();
     }
     COORDATT_MEMBER void flush() {
-      sum_du += over_lanes<A>(du);
-      sum_dev += over_lanes<A>(dev);
+      sum_du += over_lanes(du);
+      sum_dev += over_lanes(dev);
       du = dev = Vec<A>{};
       vectors = 0;
     }
