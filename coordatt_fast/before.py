@@ -1,21 +1,18 @@
-"""The fused function with a normalisation and an activation before it, as PyTorch sees it: calls from eager and
-compiled code, gradients, shapes, FLOPs.
+"""The fused function with a normalisation and an activation before it, as PyTorch sees it.
 
 x is what the normalisation is given, a convolution's output; the map that is pooled and gated is
-act(scale x + shift), formed as x is loaded and stored nowhere. Operators of the compiled library, for CPU tensors
-only: those of ops.py with what stands before as further arguments. before is (weight, bias, mean, var, eps, norm,
-activation, tracked, momentum, update): of the BatchNorm2d before the block, as ops.attention has them of the one
-inside; activation is an integer code, or -1 for none.
+act(scale x + shift), formed as x is loaded and stored nowhere. The operators are the compiled library's, for
+CPU tensors only: those of ops.py with what stands before as further arguments. before is (weight, bias, mean,
+var, eps, norm, activation, tracked, momentum, update): of the BatchNorm2d before the block, as ops.attention
+has them of the one inside; activation is an integer code, or -1 for none.
 """
-
-import functools
 
 import torch
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
 from coordatt_fast import internals, ops, reference
-from coordatt_fast.codes import NEEDS_X, NORM_BATCH, NORM_GIVEN
+from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN
 
 NO_ACTIVATION = -1
 
@@ -29,7 +26,7 @@ if _cpu is not None:
 
 
 def attention(x, before, weights, norm, activation, skip, tracked, momentum, update):
-    """ops.attention of act(batch_norm(x)), x [N, C, H, W] on the CPU; moves both norms' running statistics."""
+    """ops.attention of act(batch_norm(x)) for x [N, C, H, W] on the CPU, moving both norms' statistics."""
     arguments = *before[:7], *weights, norm, activation, skip
     running = *before[7:], tracked, momentum, update
     if _is_grad_enabled() and (
@@ -162,8 +159,9 @@ def _fake_backward(
 ):  # fmt: skip
     like = before_mean if weight is None else weight
     made = ops._fake_attend_backward(
-        grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww, norm, activation, skip, needs
-    )
+        grad, x, pooled, squeezed, gates, mean, var, w1, gamma, beta, eps, wh, ww,
+        norm, activation, skip, needs,
+    )  # fmt: skip
     vectors = ((9, like), (10, like if bias is None else bias))
     return *made, *(t.new_empty(x.shape[1] if needs >> bit & 1 else 0) for bit, t in vectors)
 
