@@ -14,6 +14,16 @@ inline int acc_bytes_of(DType t) { return bytes_of(acc_of(t)); }
 enum class Activation : int { hard_swish = 0, silu = 1, relu = 2, relu6 = 3 };
 constexpr int activations = (int)Activation::relu6 + 1;  // the last one's
 constexpr int no_activation = -1;                         // before the block, where there may be none
+// Whether it does more than cut off what is below or above.
+constexpr bool is_curved(Activation a) {
+  switch (a) {
+    case Activation::hard_swish:
+    case Activation::silu: return true;
+    case Activation::relu:
+    case Activation::relu6: return false;
+  }
+  return true;
+}
 enum class Norm : int { none = 0, given = 1, batch = 2 };
 // The gradients that attend_backward is asked for: a bit for each of its results, in their order.
 enum Need : int64_t {

@@ -49,6 +49,17 @@ template <Activation F, class V> COORDATT_INLINE V activate_backward(V u, V dy) 
   }
 }
 
+// body(integral_constant of the activation).
+template <class F> COORDATT_INLINE auto with_activation(Activation a, F&& body) {
+  switch (a) {
+    case Activation::hard_swish: return body(std::integral_constant<Activation, Activation::hard_swish>());
+    case Activation::silu: return body(std::integral_constant<Activation, Activation::silu>());
+    case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>());
+    case Activation::relu6: return body(std::integral_constant<Activation, Activation::relu6>());
+  }
+  __builtin_unreachable();  // call_of refuses all others
+}
+
 }  // namespace
 }  // namespace COORDATT_LEVEL
 }  // namespace coordatt

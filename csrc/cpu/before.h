@@ -52,14 +52,21 @@ template <class A> struct Bounded {
   }
 };
 
+// All others.
 template <class A> struct Curved {
-  bool silu;  // else hard-swish
-  explicit COORDATT_MEMBER Curved(int activation) : silu(activation == (int)Activation::silu) {}
+  Activation which;
+  explicit COORDATT_MEMBER Curved(int activation) : which((Activation)activation) {}
   COORDATT_MEMBER Vec<A> value(Vec<A> u) const {
-    return silu ? activate<Activation::silu>(u) : activate<Activation::hard_swish>(u);
+    return with_activation(which, [&](auto of) __attribute__((always_inline)) {
+      if constexpr (is_curved(decltype(of)::value)) return activate<decltype(of)::value>(u);
+      else return u;
+    });
   }
   COORDATT_MEMBER Vec<A> slope(Vec<A> u, Vec<A> dv) const {
-    return silu ? activate_backward<Activation::silu>(u, dv) : activate_backward<Activation::hard_swish>(u, dv);
+    return with_activation(which, [&](auto of) __attribute__((always_inline)) {
+      if constexpr (is_curved(decltype(of)::value)) return activate_backward<decltype(of)::value>(u, dv);
+      else return dv;
+    });
   }
 };
 

@@ -52,14 +52,7 @@ void fold_before(const Call& call, const Kernels& k, const A* mean, const A* var
 }
 
 Read read_of(int activation) {
-  if (activation == no_activation) return bounded;
-  switch ((Activation)activation) {
-    case Activation::relu:
-    case Activation::relu6: return bounded;
-    case Activation::hard_swish:
-    case Activation::silu: return curved;
-  }
-  return bounded;
+  return activation != no_activation && is_curved((Activation)activation) ? curved : bounded;
 }
 
 }  // namespace

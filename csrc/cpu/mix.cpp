@@ -169,22 +169,12 @@ COORDATT_INLINE void act_backward_as(const ActArgs& a) {
 
 template <class A>
 void act(const ActArgs& a) {
-  switch (a.activation) {
-    case Activation::hard_swish: act_as<Activation::hard_swish, A>(a); break;
-    case Activation::silu: act_as<Activation::silu, A>(a); break;
-    case Activation::relu: act_as<Activation::relu, A>(a); break;
-    case Activation::relu6: act_as<Activation::relu6, A>(a); break;
-  }
+  with_activation(a.activation, [&](auto which) __attribute__((always_inline)) { act_as<decltype(which)::value, A>(a); });
 }
 
 template <class A>
 void act_backward(const ActArgs& a) {
-  switch (a.activation) {
-    case Activation::hard_swish: act_backward_as<Activation::hard_swish, A>(a); break;
-    case Activation::silu: act_backward_as<Activation::silu, A>(a); break;
-    case Activation::relu: act_backward_as<Activation::relu, A>(a); break;
-    case Activation::relu6: act_backward_as<Activation::relu6, A>(a); break;
-  }
+  with_activation(a.activation, [&](auto which) __attribute__((always_inline)) { act_backward_as<decltype(which)::value, A>(a); });
 }
 
 template <class A>

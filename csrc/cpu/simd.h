@@ -1,4 +1,4 @@
-// Vectors of the width this file is compiled for. Included only by the per-level kernels (pool, mix, gate), each of
+// Vectors of the width this file is compiled for. Included only by the per-level kernels (pool, mix, gate, norm), each of
 // which is compiled once per SIMD level into a namespace of that level's name; everything here has internal linkage,
 // so that no wide instruction can leak into code that runs on a narrower machine.
 #pragma once
