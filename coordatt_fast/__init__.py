@@ -23,11 +23,12 @@ from coordatt_fast import layers  # noqa: E402
 from coordatt_fast.accelerate import Report, accelerate, restore  # noqa: E402
 from coordatt_fast.backends import backends, use_backend  # noqa: E402
 from coordatt_fast.explanation import explain  # noqa: E402
-from coordatt_fast.functional import coord_att  # noqa: E402
+from coordatt_fast.functional import NormAct, coord_att  # noqa: E402
 from coordatt_fast.module import CoordAtt  # noqa: E402
 
 __all__ = [
     "CoordAtt",
+    "NormAct",
     "Report",
     "accelerate",
     "backends",

@@ -11,7 +11,8 @@ import torch
 from torch.autograd import Function
 from torch.utils.flop_counter import register_flop_formula
 
-from coordatt_fast import internals, ops, reference
+from coordatt_fast import internals, ops, plan, reference
+from coordatt_fast.backends import SERVED_BY_CPU, choice
 from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN
 
 NO_ACTIVATION = -1
@@ -23,6 +24,23 @@ if _cpu is not None:
     _infer = _cpu.packets.norm_attend.default
     _train = _cpu.packets.norm_attend_train.default
     _backward = _cpu.packets.norm_attend_backward.default
+
+
+def serves(x, norm, eps, batch) -> bool:
+    """Whether attention takes an x that ops.attention takes, behind this norm's weight, bias, mean and var.
+
+    False also where PyTorch's own raises, so that it does.
+    """
+    if _cpu is None or not x.is_cpu or choice.name not in SERVED_BY_CPU:
+        return False
+    n, c, h, w = x.shape
+    if n * h * w < (2 if batch else 1) or not eps > 0 or (norm[2] is None) is not (norm[3] is None):
+        return False
+    tensors = [t for t in norm if t is not None]
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) > 1 or not dtypes <= {x.dtype, ops.accumulate_dtype(x.dtype)}:
+        return False
+    return all(type(t) in plan.PLAIN and t.is_cpu and t.shape == (c,) for t in tensors)
 
 
 def attention(x, before, weights, norm, activation, skip, tracked, momentum, update):

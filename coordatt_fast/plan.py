@@ -32,8 +32,8 @@ CHILDREN = ("pool_h", "pool_w", "conv1", "bn1", "act", "conv_h", "conv_w")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
-_PLAIN = frozenset((Tensor, Parameter))
-_PLAIN_OR_NONE = _PLAIN | {type(None)}
+PLAIN = frozenset((Tensor, Parameter))
+_PLAIN_OR_NONE = PLAIN | {type(None)}
 
 is_compiling = internals.is_compiling
 _not_ordinary = internals.not_ordinary
@@ -77,7 +77,7 @@ def obstacle(x) -> str | None:
     by name and cannot serve the call.
     """
     why: str | None
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         checks.not_a_map(x)
         why = f"x is a {type(x).__name__}, not a plain tensor"
     elif (why := _not_ordinary()) is None:
@@ -210,7 +210,7 @@ def check_plain(children: dict, x: Tensor) -> None:
 
 def is_eager(x) -> bool:
     """Whether x is an ordinary tensor in an ordinary call, so that its sizes may be looked at."""
-    return type(x) in _PLAIN and not is_compiling() and internals.tracing_state() is None
+    return type(x) in PLAIN and not is_compiling() and internals.tracing_state() is None
 
 
 def autocast(x: Tensor) -> bool:
@@ -225,7 +225,7 @@ def laid_out(child: Module, y: Tensor, fast: bool) -> Tensor:
     statistics of channels_last ones less exactly, and in float16 within its range; so do convolutions in half
     precision, which let NaN into other pixels of channels_last ones, and those that somebody listens to.
     """
-    if not fast or type(y) not in _PLAIN or y.dim() != 4:
+    if not fast or type(y) not in PLAIN or y.dim() != 4:
         return y
     dense = type(child) is Conv2d and not (y.dtype in _HALF or autocast(y) or observed(child))
     # Its gradient comes back contiguous: to a channels_last one InstanceNorm2d gives a wrong bias gradient.
@@ -240,7 +240,7 @@ def gate_fits(x: Tensor, s_h: Tensor, s_w: Tensor) -> bool:
     promotion."""
     n, c, h, w = x.shape
     kinds = {torch.promote_types(x.dtype, s.dtype) for s in (s_h, s_w)}
-    plain = type(s_h) in _PLAIN and type(s_w) in _PLAIN
+    plain = type(s_h) in PLAIN and type(s_w) in PLAIN
     return plain and kinds == {x.dtype} and s_h.shape == (n, c, h, 1) and s_w.shape == (n, c, 1, w)
 
 
@@ -352,9 +352,9 @@ def arguments(settings: dict, x) -> tuple | Detour:
     if not stored:  # last, once a call and in the children's order: some count, or draw random numbers
         (w1, b1), (wh, bh), (ww, bw) = [(conv.weight, conv.bias) for conv in convolutions]
     if not (
-        type(w1) in _PLAIN
-        and type(wh) in _PLAIN
-        and type(ww) in _PLAIN
+        type(w1) in PLAIN
+        and type(wh) in PLAIN
+        and type(ww) in PLAIN
         and type(b1) in _PLAIN_OR_NONE
         and type(bh) in _PLAIN_OR_NONE
         and type(bw) in _PLAIN_OR_NONE
