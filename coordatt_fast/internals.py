@@ -4,6 +4,7 @@ Beside it, plan.py and wiring.py read nn.Module's instance dictionary ("_modules
 the hooks): every nn.Module that was ever pickled has these names.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -60,3 +61,32 @@ def apply_of(function: type[Function]) -> Callable:
 def argument_names(op) -> list[str]:
     """Of an operator of torch.ops."""
     return [argument.name for argument in op._schema.arguments]
+
+
+def take_any_layout(op) -> None:
+    """Lets the compiler hand an operator of torch.ops its tensors as they lie: without this tag, which the stable
+    ABI cannot give, it converts them to eager code's strides, before the operator and after it."""
+    tag = getattr(torch.Tag, "flexible_layout", None)
+    if tag is not None and tag not in op.tags:
+        op._tags = [*op.tags, tag]
+
+
+def take_grad_as_x(op) -> None:
+    """Has inductor write op's first argument, grad, in the layout of its second, x [N, C, H, W]: the operator copies
+    what lies otherwise. Called as op is traced, when inductor, if it is at work, has been imported."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or op in lowering.lowerings:
+        return
+    from torch._inductor import ir
+
+    fallback = lowering.fallback_handler(op)
+
+    def lower(grad, x, *args, **kwargs):
+        x = ir.ExternKernel.realize_input(x)
+        if ir.is_storage_and_layout(x):
+            ir.as_storage_and_layout(x, freeze=True)
+        channels_last = x.get_size()[1] != 1 and x.get_stride()[1] == 1
+        order = ir.NHWC_STRIDE_ORDER if channels_last else [3, 2, 1, 0]
+        return fallback(ir.ExternKernel.require_stride_order(grad, order), x, *args, **kwargs)
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lower)

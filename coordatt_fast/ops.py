@@ -438,6 +438,16 @@ def _fake_gate_backward(grad, x, s_h, s_w, skip):
     return _map_like(x), ds_h, s_w.new_empty_strided((n, c, 1, w), (w * c, 1, w * c, c))
 
 
+def _taking_grad_as_x(op, fake):
+    """fake, which the compiler calls before it lowers op."""
+
+    def call(*args, **kwargs):
+        internals.take_grad_as_x(op)
+        return fake(*args, **kwargs)
+
+    return call
+
+
 def _checked(op, fake):
     """fake for tensors on one device; RuntimeError for others, and so for all calls that reach it with meta
     tensors beside real ones: the dispatcher goes by the meta ones, and nothing would be computed."""
@@ -472,16 +482,17 @@ def _register(ops: _Operators) -> None:
         ops.attend: _fake_attend,
         ops.attend_out: lambda *args: None,
         ops.train: _fake_attend_train,
-        ops.backward: _fake_attend_backward,
+        ops.backward: _taking_grad_as_x(ops.backward, _fake_attend_backward),
         ops.train_update: _fake_attend_train,
         ops.update: lambda *args: None,
         ops.pool: _fake_pool,
         ops.pool_backward: lambda grad, x: _map_like(x),
         ops.gate: lambda x, s_h, s_w, skip: _made_of(x, skip),
-        ops.gate_backward: _fake_gate_backward,
+        ops.gate_backward: _taking_grad_as_x(ops.gate_backward, _fake_gate_backward),
     }
     for op, fake in fakes.items():
         torch.library.register_fake(op, _checked(op, fake))
+        internals.take_any_layout(op)
     for op, backward, keep in (
         (ops.train, _registered_gradients, _keep_registered),
         (ops.pool, _pool_gradient, _keep_for_pool_backward),
