@@ -21,14 +21,14 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 import tolerances  # noqa: E402
+import workers  # noqa: E402
 from harness import on_backend, supported_levels  # noqa: E402
-
-# Longest first, so that no worker is left with one of them when the others have nothing more to do.
-LONGEST = """
-    test_triton_suite test_kernels test_training test_forward test_gpu_suite test_tails test_integration_compile
-    test_install test_third_party test_attack test_memory test_simd test_compile test_bench_gpu test_other_blocks
-""".split()
-MOST_WORKERS = 8  # the longest of those files takes about an eighth of the whole suite's time
+from workers import (  # noqa: E402, F401
+    pytest_sessionfinish,
+    pytest_testnodedown,
+    pytest_xdist_auto_num_workers,
+    pytest_xdist_make_scheduler,
+)
 
 # Suites with a process or a machine of their own: collected only where the command names them.
 SEPARATE = ("aot", "gpu", "interpreted", "native", "test_sanitized.py")
@@ -39,40 +39,6 @@ def pytest_ignore_collect(collection_path, config):
     named = name if name.endswith(".py") else f"tests/{name}"
     if name in SEPARATE and not any(named in str(arg) for arg in config.invocation_params.args):
         return True
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    """-n auto: a worker on each core for the suite; tests that are chosen start sooner and read better in this process."""
-    chosen = config.option.keyword or config.args_source is not config.ArgsSource.TESTPATHS
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 0 if chosen or cores == 1 else min(cores, MOST_WORKERS)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    if config.option.dist != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        """A file's tests stay together, because they share its fixtures; parts that are processes of their own do not."""
-
-        def _split_scope(self, nodeid):
-            return nodeid if "::test_interpreted[" in nodeid else super()._split_scope(nodeid)
-
-    return Scheduling(config, log)
-
-
-def pytest_sessionfinish(session):
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["observed"] = dict(tolerances.observed)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    for key, ratios in getattr(node, "workeroutput", {}).get("observed", {}).items():
-        tolerances.observed[key] += ratios
 
 
 def pytest_generate_tests(metafunc):
@@ -94,8 +60,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=list(same))
         items[:] = [item for item in items if item not in same]
     if hasattr(config, "workerinput"):
-        last = len(LONGEST)
-        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else last)
+        items.sort(key=lambda item: workers.rank(item.path))
 
 
 @pytest.fixture(autouse=True)
