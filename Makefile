@@ -20,6 +20,8 @@ SEED ?=
 MINUTES ?= 60
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+# The suite on all cores; what ARGS chooses in one process (tests/conftest.py). A hang ends the run: its worker is not replaced.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 ALONE := requirements/third-party.txt
 REQUIREMENTS := $(filter-out $(ALONE) requirements/release.txt,$(wildcard requirements/*.txt))
 
@@ -38,7 +40,7 @@ venv: .venv/built
 	touch $@
 
 test: venv
-	SEED=$(SEED) $(BIN)/pytest $(ARGS)
+	SEED=$(SEED) $(BIN)/pytest $(WORKERS) $(ARGS)
 
 bench: venv
 	$(BIN)/python -m bench.throughput $(ARGS)

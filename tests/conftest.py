@@ -4,6 +4,8 @@ import os
 
 # The library's scratch memory and its results start as NaN; read when the library loads.
 os.environ["COORDATT_FAST_POISON"] = "1"
+# Threads that wait leave the core to the other workers; read when OpenMP's library loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import statistics
 import subprocess
@@ -19,7 +21,14 @@ torch.use_deterministic_algorithms(True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 import tolerances  # noqa: E402
+import workers  # noqa: E402
 from harness import on_backend, supported_levels  # noqa: E402
+from workers import (  # noqa: E402, F401
+    pytest_sessionfinish,
+    pytest_testnodedown,
+    pytest_xdist_auto_num_workers,
+    pytest_xdist_make_scheduler,
+)
 
 # Suites with a process or a machine of their own: collected only where the command names them.
 SEPARATE = ("aot", "gpu", "interpreted", "native", "test_sanitized.py")
@@ -42,14 +51,16 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Level avx512_bf16 is avx512 compiled with the instructions that store bfloat16: for other dtypes the same code.
     Tests of a level that go through the dtypes by themselves show that its tables have them."""
-    same = []
+    same = set()
     for item in items:
         drawn = getattr(item, "callspec", None) and item.callspec.params
         if drawn and drawn.get("simd") == "avx512_bf16" and drawn.get("dtype", "bfloat16") != "bfloat16":
-            same.append(item)
+            same.add(item)
     if same:
-        config.hook.pytest_deselected(items=same)
-        items[:] = [item for item in items if item not in set(same)]
+        config.hook.pytest_deselected(items=list(same))
+        items[:] = [item for item in items if item not in same]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: workers.rank(item.path))
 
 
 @pytest.fixture(autouse=True)

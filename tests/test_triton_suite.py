@@ -18,10 +18,11 @@ def python(*arguments, **environment):
     return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
 
 
-def test_interpreted():
-    """TRITON_INTERPRET is read when Triton is imported, so this suite has a process of its own."""
+@pytest.mark.parametrize("part", ["1/3", "2/3", "3/3"])
+def test_interpreted(part):
+    """TRITON_INTERPRET is read when Triton is imported, so this suite has processes of its own."""
     pytest.importorskip("triton")
-    result = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER), TRITON_INTERPRET="1")
+    result = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--part", part, str(FOLDER), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
 

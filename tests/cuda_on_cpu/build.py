@@ -3,6 +3,7 @@
 python tests/cuda_on_cpu/build.py [address,undefined] prints its path.
 """
 
+import fcntl
 import os
 import shlex
 import subprocess
@@ -51,10 +52,11 @@ def build(sanitize: str = "") -> Path:
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     libraries += [f"-fsanitize={sanitize}"] if sanitize else []
     lines.append(f"build {module}: link {' '.join(objects)}\n  flags = {shlex.join(libraries)}\n")
-    (folder / "build.ninja").write_text("\n".join(lines))
-    result = subprocess.run(
-        [Path(ninja.BIN_DIR) / "ninja", "-C", folder], capture_output=True, text=True, env=os.environ
-    )
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
+    with open(folder / "lock", "w") as lock:  # two workers build at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stdout[-8000:] + result.stderr)
     return folder / module

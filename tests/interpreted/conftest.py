@@ -12,6 +12,18 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
 
+
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="2/3: the second of every three tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.option.part.split("/"))
+    others = [item for i, item in enumerate(items) if i % parts != part - 1]
+    config.hook.pytest_deselected(items=others)
+    items[:] = items[part - 1 :: parts]
+
+
 BAND = 67  # elements; odd, so that nothing is aligned by luck
 
 
