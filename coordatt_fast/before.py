@@ -194,8 +194,13 @@ def _backward_flops(grad_shape, x_shape, *args, out_shape=None, **kwargs) -> int
 
 
 if _cpu is not None:
-    for _op, _fake in ((_infer, _fake_infer), (_train, _fake_train), (_backward, _fake_backward)):
+    for _op, _fake in (
+        (_infer, _fake_infer),
+        (_train, _fake_train),
+        (_backward, ops._taking_grad_as_x(_backward, _fake_backward)),
+    ):
         torch.library.register_fake(_op, ops._checked(_op, _fake))
+        internals.take_any_layout(_op)
     torch.library.register_autograd(_train, _gradients, setup_context=_keep_registered)
     register_flop_formula([_cpu.packets.norm_attend, _cpu.packets.norm_attend_train])(_flops)
     register_flop_formula(_cpu.packets.norm_attend_backward)(_backward_flops)
