@@ -22,18 +22,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # In this order: quick ones first.
 NUMERIC = ["pool", "gate", "hybrid", "registration", "strides", "forward", "training", "simd", "determinism", "nonfinite"]
-NUMERIC += ["tails", "gradcheck", "integration_syncbn"]
+NUMERIC += ["tails", "gradcheck", "before", "integration_syncbn"]
 
 MIX, BACKWARD, FORWARD, SIMD = "mix.cpp", "backward.cpp", "forward.cpp", "simd.h"
-BINDINGS, WORK = "bindings.cpp", "work.cpp"
-POOL, GATE, APPLY, WALKS = "pool.cpp", "gate.cpp", "apply.h", "walks.h"
+BINDINGS, MIDDLE, ACTIVATION = "bindings.cpp", "middle.cpp", "activation.h"
+POOL, GATE, NORM, APPLY, WALKS = "pool.cpp", "gate.cpp", "norm.cpp", "apply.h", "walks.h"
+BEFORE, SPREAD = "before.h", "spread.h"
 
 # Name, file in csrc/cpu, the tests that look there first, what the line is, what it becomes.
 BREAKS = [
     ("pool: columns by W", POOL, "pool", "return sum * by_h;", "return sum * by_w;"),
-    ("pool backward: no rows", POOL, "pool", ": column[0] + row[0];", ": column[0];"),
-    ("spread: no skip", POOL, "training", "if (skip) dx += grad;", ""),
-    ("spread: a row's gate for the column's", POOL, "training", "fma(grad * column[0], row[0],", "fma(grad * row[0], row[0],"),
+    ("pool backward: no rows", SPREAD, "pool", ": column[0] + row[0];", ": column[0];"),
+    ("spread: no skip", SPREAD, "training", "if (skip) dx += grad;", ""),
+    ("spread: a row's gate for the column's", SPREAD, "training", "fma(grad * column[0], row[0],", "fma(grad * row[0], row[0],"),
     ("gate: a column's gate for the row's", GATE, "gate", "x * column[0] * row[0]", "x * column[0] * column[0]"),
     ("gate: no skip", GATE, "gate", "if (skip) out += x;", ""),
     ("reduce: no slope", GATE, "gate", "sum * (gate * (1 - gate))", "sum * gate"),
@@ -49,15 +50,15 @@ BREAKS = [
     ("axpy: nothing added up", MIX, "training", "if (x.accumulate) v += get(to);", ""),
     (
         "hard-swish in float32",
-        MIX,
+        ACTIVATION,
         "training",
         "return u * (clamp(u + 3.0f, 0.0f, 6.0f) * (decltype(u[0] + 0))(1.0 / 6.0));",
         "return u * (clamp(u + 3.0f, 0.0f, 6.0f) * (decltype(u[0] + 0))(1.0f / 6.0f));",
     ),
-    ("hard-swish: slope beyond 3", MIX, "training", "slope = u >= 3.0f ? zero : slope;", ""),
-    ("silu: sign in the slope", MIX, "training", "(1.0f + u * (1.0f - s))", "(1.0f - u * (1.0f - s))"),
-    ("relu: slope at zero", MIX, "nonfinite", "return u <= 0.0f ? zero : dy;", "return u < 0.0f ? zero : dy;"),
-    ("relu6: slope beyond 6", MIX, "training", "return u < 6.0f ? dy : zero;", "return dy;"),
+    ("hard-swish: slope beyond 3", ACTIVATION, "training", "slope = u >= 3.0f ? zero : slope;", ""),
+    ("silu: sign in the slope", ACTIVATION, "training", "(1.0f + u * (1.0f - s))", "(1.0f - u * (1.0f - s))"),
+    ("relu: slope at zero", ACTIVATION, "nonfinite", "return u <= 0.0f ? zero : dy;", "return u < 0.0f ? zero : dy;"),
+    ("relu6: slope beyond 6", ACTIVATION, "training", "return u < 6.0f ? dy : zero;", "return dy;"),
     (
         "sums of bn: lanes beyond the tail",
         MIX,
@@ -153,8 +154,69 @@ BREAKS = [
         "running mean for the variance",
         FORWARD,
         "forward",
-        "load_param(k, acc, f.params.var, s.m, var);",
-        "load_param(k, acc, f.params.mean, s.m, var);",
+        "fixed ? given(f.params.var, s.m, f.saved.var)",
+        "fixed ? given(f.params.mean, s.m, f.saved.var)",
+    ),
+    ("before: no shift", BEFORE, "before", "act.value(fma(x, scale, shift))", "act.value(x * scale)"),
+    ("before: lanes beyond the tail", BEFORE, "before", "if constexpr (CUT) return first(y, cut...);", ""),
+    ("before: another bound of relu6", BEFORE, "before", "A(6) : (A)", "A(5) : (A)"),
+    ("before: relu6's slope beyond 6", BEFORE, "before", "dv = u >= high ? zero : dv;", ""),
+    ("before: relu6 lets a NaN's gradient through", BEFORE, "before", "nan_passes ? dv : u == u ? dv : zero", "dv"),
+    ("before: no eps", MIDDLE, "before", "sqrt((double)var[i] + before.eps)", "sqrt((double)var[i])"),
+    (
+        "moments: stretches not joined",
+        NORM,
+        "before",
+        "m.join(before, count, off - off == 0",
+        "m.join(0, count, off - off == 0",
+    ),
+    (
+        "moments: between the stretches",
+        NORM,
+        "before",
+        "square += other_square + delta * delta * ((double)before * share);",
+        "square += other_square;",
+    ),
+    (
+        "moments: between the images",
+        FORWARD,
+        "before",
+        "square_of[c] += next[s.c + c] + delta * delta * weight;",
+        "square_of[c] += next[s.c + c];",
+    ),
+    (
+        "moments: lanes beyond the tail",
+        NORM,
+        "before",
+        "add(0, first(load(x + i, tail) - mean, tail));",
+        "add(0, load(x + i, tail) - mean);",
+    ),
+    ("sums before: deviations from zero", NORM, "before", "du * (p.seen.x - p.seen.mean)", "du * p.seen.x"),
+    ("sums before: lanes beyond the tail", NORM, "before", "du += first(v.du, cut...);", "du += v.du;"),
+    ("sums before: the last vectors lost", NORM, "before", "flush();\n      *to_du", "*to_du"),
+    (
+        "sums before: pixels counted twice",
+        NORM,
+        "before",
+        "parts[c - begin] = parts[ld + c - begin] = 0;",
+        "parts[ld + c - begin] = 0;",
+    ),
+    (
+        "sums before: of the first image",
+        BACKWARD,
+        "before",
+        "for (int64_t i = 0; i < 2 * c; ++i) sums[i] += sums[n * 2 * c + i];",
+        "",
+    ),
+    ("dx before: sign of the offset", NORM, "before", "s.slope, s.offset)", "s.slope, -s.offset)"),
+    ("dx before: sign of the slope", NORM, "before", "-fma(s.x - s.mean,", "-fma(s.mean - s.x,"),
+    ("dx before: no scale", NORM, "before", "return s.scale * du;", "return du;"),
+    (
+        "backward before: slope without a factor",
+        BACKWARD,
+        "before",
+        "(double)scale[i] * inv * inv * dev / count",
+        "(double)scale[i] * inv * dev / count",
     ),
     ("logits: any stride is one", BINDINGS, "gate", "if (t.stride(1) == 1) {", "if (true) {"),
     ("running variance: biased", BINDINGS, "training", "rows > 1 ? (double)rows / (double)(rows - 1) : 1", "1"),

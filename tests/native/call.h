@@ -16,6 +16,9 @@ struct Case {
   bool skip = false, bias = true, affine = true;
   Spread spread = Spread::dense;
   int threads = 1;
+  Norm before = Norm::none;  // what stands before the block
+  int before_activation = coordatt::no_activation;
+  bool before_affine = true;
   double special = 0;  // what one element of x and one of its gradient are, where it is not finite
 };
 

@@ -20,6 +20,10 @@ struct Problem {
   Activation activation = Activation::hard_swish;
   bool skip = false;
   double eps = 1e-5;
+  Norm before = Norm::none;  // what stands before the block
+  int before_activation = coordatt::no_activation;
+  double before_eps = 1e-3;
+  Numbers before_weight, before_bias, before_mean, before_var;
   Numbers x, grad, conv1_weight, conv1_bias, bn_weight, bn_bias, mean, var, conv_h_weight, conv_h_bias, conv_w_weight, conv_w_bias;
 };
 
@@ -84,6 +88,7 @@ template <class T> class Reference {
     wh = take(p.conv_h_weight);
     ww = take(p.conv_w_weight);
     gamma = take(p.bn_weight);
+    if (p.before != Norm::none) before();
     forward();
     if (!p.grad.empty()) backward();
   }
@@ -101,6 +106,9 @@ template <class T> class Reference {
   const uint64_t shake_;
   const DType ulp_;
   Values x, w1, wh, ww, gamma, inv, u, y, z, zhat, p, gates;  // p, gates: [C, R]; z, zhat, u, y: [M, R]
+  struct {
+    Values x, u, weight, mean, inv, scale;  // x: as it is given, where x above is the map that is made of it
+  } ahead;
 
   Values take(const Numbers& from) const {
     Values to(from.begin(), from.end());
@@ -135,6 +143,64 @@ template <class T> class Reference {
         const int64_t n = is_h(r) ? r / s_.h : (r - s_.n * s_.h) / s_.w, i = is_h(r) ? r % s_.h : (r - s_.n * s_.h) % s_.w;
         f(c, r, n, i);
       }
+  }
+
+  // A channel's element i, of N * H * W.
+  int64_t of_channel(int64_t c, int64_t i) const {
+    const int64_t size = s_.h * s_.w;
+    return (i / size * s_.c + c) * size + i % size;
+  }
+
+  // x becomes act(scale x + shift), in PyTorch's order.
+  void before() {
+    const int64_t count = s_.n * s_.h * s_.w;
+    ahead.x = x, ahead.u.resize(x.size()), ahead.weight = take(p_.before_weight);
+    ahead.mean = take(p_.before_mean), ahead.inv = ahead.scale = Values(s_.c);
+    Values bias = take(p_.before_bias), var = take(p_.before_var);
+    if (p_.before == Norm::batch) ahead.mean = var = Values(s_.c);
+    for (int64_t c = 0; c < s_.c; ++c) {
+      auto at = [&](int64_t i) { return ahead.x[of_channel(c, i)]; };
+      T& mean = ahead.mean[c];
+      if (p_.before == Norm::batch) {
+        const W mu = sum<W>(count, order_, [&](int64_t i) { return (W)at(i); }) / (W)count;
+        mean = (T)mu;
+        var[c] = (T)(sum<W>(count, order_, [&](int64_t i) { return (at(i) - mu) * (at(i) - mu); }) / (W)count);
+      }
+      ahead.inv[c] = 1 / std::sqrt(var[c] + (T)p_.before_eps);
+      const T scale = ahead.scale[c] = ahead.weight.empty() ? ahead.inv[c] : ahead.weight[c] * ahead.inv[c];
+      const T shift = (bias.empty() ? T(0) : bias[c]) - mean * scale;
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t i = of_channel(c, k);
+        x[i] = ahead.u[i] = ahead.x[i] * scale + shift;
+        if (p_.before_activation == coordatt::no_activation) continue;
+        const Activation act = (Activation)p_.before_activation;
+        x[i] = activate(act, ahead.u[i]);
+        for (double jump : jumps(act)) nearest_jump = std::min(nearest_jump, (double)std::abs(ahead.u[i] - (T)jump));
+      }
+    }
+    if (p_.before == Norm::batch) keep("before_mean", ahead.mean, s_.c), keep("before_var", var, s_.c);
+  }
+
+  // d, what comes back to the map, becomes the gradient of x as it is given.
+  void before_backward(Values& d) {
+    const int64_t count = s_.n * s_.h * s_.w;
+    Values dweight(s_.c), dbias(s_.c);
+    for (int64_t c = 0; c < s_.c; ++c) {
+      auto dev = [&](int64_t i) { return ahead.x[of_channel(c, i)] - ahead.mean[c]; };
+      for (int64_t k = 0; k < count && p_.before_activation != coordatt::no_activation; ++k) {
+        const int64_t i = of_channel(c, k);
+        d[i] = activate_backward((Activation)p_.before_activation, ahead.u[i], d[i]);
+      }
+      const T inv = ahead.inv[c], sum_du = dbias[c] = (T)sum<W>(count, order_, [&](int64_t i) { return d[of_channel(c, i)]; });
+      const T sum_dev = (T)sum<W>(count, order_, [&](int64_t i) { return d[of_channel(c, i)] * dev(i); });
+      dweight[c] = sum_dev * inv;
+      for (int64_t k = 0; k < count; ++k) {
+        T& of = d[of_channel(c, k)];
+        if (p_.before == Norm::batch) of = of - sum_du / (T)count - dev(k) * (inv * inv * sum_dev / (T)count);
+        of *= ahead.scale[c];
+      }
+    }
+    if (!ahead.weight.empty()) keep("dbefore_weight", dweight, s_.c), keep("dbefore_bias", dbias, s_.c);
   }
 
   void forward() {
@@ -226,6 +292,7 @@ template <class T> class Reference {
       dx_pool[i] = dp[h] / (T)s_.w + dp[w] / (T)s_.h;
       dx[i] = dx_gate[i] + dx_pool[i];
     });
+    if (p_.before != Norm::none) before_backward(dx);
     keep("dlogits", ds, rows_);
     keep("dpooled", dp, rows_);
     keep("dx", dx, plane());

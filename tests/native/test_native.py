@@ -24,7 +24,7 @@ ROOT = HERE.parents[1]
 CROSS = "aarch64-linux-gnu-g++"
 SYSROOT = "/usr/aarch64-linux-gnu"
 JOBS = 2  # compilers and drivers at a time
-CASES = 900  # what a driver runs at the least
+CASES = 1300  # what a driver runs at the least
 
 
 def build(name, targets, **settings):

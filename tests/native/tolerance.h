@@ -73,9 +73,11 @@ struct Yardstick {
   double nearest_jump;
 };
 
-template <class True, class Plain> Yardstick yardstick_as(const Problem& problem, DType acc) {
+// clear: how far from a jump the values must be; where they are not, the truth alone.
+template <class True, class Plain> Yardstick yardstick_as(const Problem& problem, DType acc, double clear) {
   Reference<True> truth(problem);
   Yardstick yard{truth.results, {}, {}, truth.nearest_jump};
+  if (yard.nearest_jump < clear) return yard;
   auto widen = [&](std::map<std::string, Errors>& of, const Results& others, int64_t most) {
     for (const auto& [name, other] : others)
       if ((int64_t)other.values.size() <= most) of[name].widen(errors(other.values, yard.truth[name]));
@@ -85,8 +87,8 @@ template <class True, class Plain> Yardstick yardstick_as(const Problem& problem
   return yard;
 }
 
-inline Yardstick yardstick(const Problem& problem, DType acc) {
-  return acc == DType::f64 ? yardstick_as<long double, double>(problem, acc) : yardstick_as<double, float>(problem, acc);
+inline Yardstick yardstick(const Problem& problem, DType acc, double clear) {
+  return acc == DType::f64 ? yardstick_as<long double, double>(problem, acc, clear) : yardstick_as<double, float>(problem, acc, clear);
 }
 
 // Counts what was compared and prints what failed, under the name of the case at hand.
