@@ -292,10 +292,24 @@ def test_given_statistics_need_no_count(backend):
     a, n = module.att, module.norm
     none = torch.tensor(0)
     stands = NormAct(
-        n.weight, n.bias, n.running_mean, n.running_var, momentum=None, num_batches_tracked=none, activation="relu6"
+        n.weight,
+        n.bias,
+        n.running_mean,
+        n.running_var,
+        momentum=None,
+        num_batches_tracked=none,
+        activation="relu6",
     )
     of_bn = a.bn1.weight, a.bn1.bias, a.bn1.running_mean, a.bn1.running_var
-    weights = (a.conv1.weight, a.conv1.bias, *of_bn, a.conv_h.weight, a.conv_h.bias, a.conv_w.weight, a.conv_w.bias)
+    weights = (
+        a.conv1.weight,
+        a.conv1.bias,
+        *of_bn,
+        a.conv_h.weight,
+        a.conv_h.bias,
+        a.conv_w.weight,
+        a.conv_w.bias,
+    )
     with use_backend(backend):
         out = coord_att(d.x, *weights, before=stands, momentum=None, num_batches_tracked=none)
     assert max(tolerances.errors(out.detach(), module(d.x).detach())) < tolerances.FORMULAS_AGREE
