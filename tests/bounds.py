@@ -20,9 +20,9 @@ import torch
 # the rounding of the result alone makes; the hybrid tier, with PyTorch's own children, reached 0.81.
 SAFETY = 3.0
 
-# Additions in a row in the dtype of the sums before the moments of a map go into float64 (csrc/cpu/norm.cpp): 4,096
-# elements of a plane in at least 8 parts. Between float64 numbers it is joined per 32 pixels at least.
-IN_A_ROW, JOINED = 512, 32
+# How the moments of a map are added up (csrc/cpu/norm.cpp): in the dtype of the sums at most 4,096 elements of a plane,
+# in at least 8 parts, or 32 pixels in a row; those are joined in float64.
+STRETCH, PARTS, PIXELS = 4096, 8, 32
 
 
 @dataclass
@@ -88,8 +88,8 @@ class Arithmetic:
     def moments(self, x, axes):
         """Mean and biased variance over axes of an exact x: by stretches, each about its own rounded mean, the pivot,
         joined in float64. Of the sizes of x themselves only that of the pivots' rounding is left, and the result's."""
-        count = prod(x.v.shape[axis] for axis in axes)
-        part = self.unit * (2 + min(count, IN_A_ROW) / 2)
+        count, plane = prod(x.v.shape[axis] for axis in axes), prod(x.v.shape[-2:])
+        part = self.unit * (2 + PARTS + max(PIXELS, min(plane, STRETCH) / PARTS) / 2)
         over = lambda t: t.mean(axis=axes, keepdims=True)
         mean = over(x.v)
         off = x.v - mean
@@ -97,7 +97,7 @@ class Arithmetic:
         var, sizes = over(off * off), over(np.abs(x.v))
         about_pivots = 2 * over(np.abs(off)) + part * sizes
         square = var + part * part * over(x.v * x.v)
-        joined = np.finfo(np.float64).eps * (2 + count / JOINED) * sizes
+        joined = np.finfo(np.float64).eps * (2 + count / PIXELS) * sizes
         return (
             self.rounded(mean, part * about_pivots + joined),
             self.rounded(var, 6 * part * square + 2 * np.sqrt(var) * joined + joined * joined, square),
@@ -105,13 +105,13 @@ class Arithmetic:
 
     def normalised(self, x, mean, inv, gamma, beta):
         """gamma * (x - mean) * inv + beta as one fma of x by a scale and a shift that are folded beforehand."""
-        off = x.v - mean.v
-        u = off * inv.v * gamma + beta
-        scale = (inv.v + inv.e) * np.abs(gamma)
-        e = scale * (x.e + mean.e) + np.abs(off * gamma) * inv.e
-        u = self.rounded(u, e, scale * (np.abs(x.v) + np.abs(mean.v)) + np.abs(beta))
-        u.e[np.isinf(x.v) & np.isinf(u.v)] = 0
-        return u
+        infinite = np.isinf(x.v)  # which is no overflow
+        finite = np.where(infinite, 0.0, x.v)
+        off, scale = finite - mean.v, (inv.v + inv.e) * np.abs(gamma)
+        e = scale * mean.e + np.abs(off * gamma) * inv.e
+        mass = scale * (np.abs(finite) + np.abs(mean.v)) + np.abs(beta)
+        u = self.rounded(off * inv.v * gamma + beta, e, mass)
+        return Ball(np.where(infinite, (x.v - mean.v) * inv.v * gamma, u.v), np.where(infinite, 0.0, u.e))
 
     def inverse_root(self, var, eps):
         """1 / sqrt(var + eps), by the ends of the interval: var may be smaller than its error."""
@@ -321,7 +321,7 @@ def _before(ops, xs, params, before, results):
 
     def back(dy):
         du = dy if slope is None else ops.mul(dy, slope)
-        off = xs.v - mean.v
+        off = np.where(np.isinf(xs.v), np.nan, xs.v - mean.v)
         zhat = ops.mul(ops.rounded(off, mean.e + 0 * off), inv)
         along, whole = ops.mul(du, zhat), du
         if batch:
