@@ -12,7 +12,8 @@ from paper import PaperCoordAtt
 
 from attack import calls, changes, judge, passes, rounds, spellings
 from attack.pieces import Piece
-from coordatt_fast import backends, ops
+from coordatt_fast import backends, before, ops
+from coordatt_fast.codes import NORM_GIVEN
 
 SEED = int(os.environ.get("SEED") or 0)
 CASES = {"calls": 1200, "sequences": 50, "lookalikes": 12, "changes": 10, "environment": 9}
@@ -99,6 +100,24 @@ def test_a_kernel_that_leaves_out_a_tail_is_seen(monkeypatch):
         return out
 
     monkeypatch.setattr(ops, "attention", short)
+    with pytest.raises(AssertionError, match="out: .* times what is allowed"):
+        calls.check(call)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", calls.DTYPES, ids=str)
+def test_moments_that_leave_out_a_tail_are_seen(dtype, layout, monkeypatch):
+    """The last column of 33 counts neither in the mean nor in the variance."""
+    call = replace(STACKED, dtype=dtype, x_layout=layout, grad=None, before=calls.Before("no statistics"))
+    attention = before.attention
+
+    def short(x, stands, *block):
+        part = x[..., :-1].to(ops.accumulate_dtype(dtype))
+        mean, var = part.mean((0, 2, 3)), part.var((0, 2, 3), unbiased=False)
+        weight, bias = (t.to(mean.dtype) for t in stands[:2])
+        return attention(x, (weight, bias, mean, var, stands[4], NORM_GIVEN, stands[6], None, 0.0, False), *block)
+
+    monkeypatch.setattr(before, "attention", short)
     with pytest.raises(AssertionError, match="out: .* times what is allowed"):
         calls.check(call)
 
