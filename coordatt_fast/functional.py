@@ -38,7 +38,7 @@ class NormAct(NamedTuple):
         if training and tracked is not None:
             tracked.add_(1)
         if momentum is None:
-            momentum = 0.0 if tracked is None else 1 / float(tracked)
+            momentum = 1 / float(tracked) if training and tracked is not None else 0.0
         y = F.batch_norm(x, mean, var, weight, bias, training or mean is None, momentum, eps)
         return y if activation is None else reference.ACTIVATIONS[activation].function(y)
 
@@ -152,7 +152,7 @@ def coord_att(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if momentum is None:
-        momentum = 0.0 if num_batches_tracked is None else 1 / float(num_batches_tracked)
+        momentum = 1 / float(num_batches_tracked) if training and num_batches_tracked is not None else 0.0
     result = reference.coord_att(
         x, *affine, running_mean, running_var, *gates,
         training=training, momentum=momentum, eps=eps, activation=activation, skip=skip,

@@ -10,6 +10,7 @@ jump is part of the error. A wrong tail, a wrong stride or a missing term is off
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ import torch
 # this factor, 11,500 cases at every SIMD level reached 0.15 in the fused tier, and in half precision the half that
 # the rounding of the result alone makes; the hybrid tier, with PyTorch's own children, reached 0.81.
 SAFETY = 3.0
+
+# How the moments of a map are added up (csrc/cpu/norm.cpp): in the dtype of the sums at most 4,096 elements of a plane,
+# in at least 8 parts, or 32 pixels in a row; those are joined in float64.
+STRETCH, PARTS, PIXELS = 4096, 8, 32
 
 
 @dataclass
@@ -80,6 +85,34 @@ class Arithmetic:
         error = sizes[0] @ b.e + a.e @ (sizes[1] + b.e)
         return self.rounded(a.v @ b.v, error, sizes[0] @ sizes[1], a.v.shape[-1])
 
+    def moments(self, x, axes):
+        """Mean and biased variance over axes of an exact x: by stretches, each about its own rounded mean, the pivot,
+        joined in float64. Of the sizes of x themselves only that of the pivots' rounding is left, and the result's."""
+        count, plane = prod(x.v.shape[axis] for axis in axes), prod(x.v.shape[-2:])
+        part = self.unit * (2 + PARTS + max(PIXELS, min(plane, STRETCH) / PARTS) / 2)
+        over = lambda t: t.mean(axis=axes, keepdims=True)
+        mean = over(x.v)
+        off = x.v - mean
+        mean, off = mean + over(off), off - over(off)
+        var, sizes = over(off * off), over(np.abs(x.v))
+        about_pivots = 2 * over(np.abs(off)) + part * sizes
+        square = var + part * part * over(x.v * x.v)
+        joined = np.finfo(np.float64).eps * (2 + count / PIXELS) * sizes
+        return (
+            self.rounded(mean, part * about_pivots + joined),
+            self.rounded(var, 6 * part * square + 2 * np.sqrt(var) * joined + joined * joined, square),
+        )
+
+    def normalised(self, x, mean, inv, gamma, beta):
+        """gamma * (x - mean) * inv + beta as one fma of x by a scale and a shift that are folded beforehand."""
+        infinite = np.isinf(x.v)  # which is no overflow
+        finite = np.where(infinite, 0.0, x.v)
+        off, scale = finite - mean.v, (inv.v + inv.e) * np.abs(gamma)
+        e = scale * mean.e + np.abs(off * gamma) * inv.e
+        mass = scale * (np.abs(finite) + np.abs(mean.v)) + np.abs(beta)
+        u = self.rounded(off * inv.v * gamma + beta, e, mass)
+        return Ball(np.where(infinite, (x.v - mean.v) * inv.v * gamma, u.v), np.where(infinite, 0.0, u.e))
+
     def inverse_root(self, var, eps):
         """1 / sqrt(var + eps), by the ends of the interval: var may be smaller than its error."""
         v = 1 / np.sqrt(np.maximum(var.v, 0) + eps)
@@ -99,21 +132,27 @@ def _sigmoid(s):
 
 @dataclass(frozen=True)
 class Activation:
-    """function, slope; steepest: the largest slope; bend: the largest curvature; jumps of the slope (at, by)."""
+    """function, slope; steepest: the largest slope; bend: the largest curvature; jumps of the slope (at, by); grows:
+    whether it falls nowhere."""
 
     function: object
     slope: object
     steepest: float
     bend: float
     jumps: tuple = ()
+    grows: bool = False
 
     def __call__(self, ops, u):
         v, slope = self.function(u.v), self.slope(u.v)
-        y = ops.rounded(v, self.steepest * u.e, 4 * (np.abs(v) + np.minimum(np.abs(u.v), 8)))
+        e = self.steepest * u.e
+        if self.grows:  # what it cuts off it does not hand on
+            e = np.minimum(e, np.maximum(self.function(u.v + u.e) - v, v - self.function(u.v - u.e)))
+            e = np.where(np.isinf(u.v) & (u.e == 0), 0.0, e)
+        y = ops.rounded(v, e, 4 * (np.abs(v) + np.minimum(np.abs(u.v), 8)))
         near = u.e + 8 * ops.store * (np.abs(u.v) + 1)
         e = self.bend * near + 0.0
         for at, by in self.jumps:
-            hit = np.abs(u.v - at) <= near
+            hit = (np.abs(u.v - at) <= near) & ~np.isinf(u.v)
             ops.at_a_jump |= bool(hit.any())
             e = e + by * hit
         return y, ops.rounded(slope, e, 4 * np.ones_like(slope))
@@ -144,9 +183,9 @@ ACTIVATIONS = {
         lambda u: u * np.clip(u + 3, 0, 6) / 6, _hard_swish_slope, 1.5, 1 / 3, ((-3, 0.5), (3, 0.5))
     ),
     "silu": Activation(lambda u: u * _sigmoid(u), _silu_slope, 1.1, 0.5),
-    "relu": Activation(lambda u: np.where(u > 0, u, 0 * u), lambda u: (u > 0) * 1.0, 1, 0, ((0, 1),)),
+    "relu": Activation(lambda u: np.where(u < 0, 0.0, u), lambda u: (u > 0) * 1.0, 1, 0, ((0, 1),), True),
     "relu6": Activation(
-        lambda u: np.clip(u, 0, 6), lambda u: ((u > 0) & (u < 6)) * 1.0, 1, 0, ((0, 1), (6, 1))
+        lambda u: np.clip(u, 0, 6), lambda u: ((u > 0) & (u < 6)) * 1.0, 1, 0, ((0, 1), (6, 1)), True
     ),
     "GELU": Activation(*_through_torch("GELU"), 1.2, 0.8),
     "Tanh": Activation(*_through_torch("Tanh"), 1, 0.8),
@@ -160,22 +199,34 @@ def _real(t):
     return None if t is None else t.detach().double().numpy()
 
 
-def run(x, params, grad, *, norm, activation, skip, eps, sums, middle, momentum=0.1, groups=1):
+class Before(NamedTuple):
+    """What stands before the block: norm "batch" or "running", of the tensors named before.weight and so on in
+    params; momentum None: without running statistics."""
+
+    norm: str
+    activation: str | None
+    eps: float
+    momentum: float | None
+
+
+def run(x, params, grad, *, norm, activation, skip, eps, sums, middle, momentum=0.1, groups=1, before=None):
     """Every result of a call as balls under the names of harness.py, whether something may overflow, and whether
     an activation is so near a jump of its slope that rounding decides on which side.
 
     params maps parameter and buffer names to tensors (missing or None: absent). norm is "batch", "running",
     "none", "group" or "instance" (the last two with groups groups of channels). sums, middle: the dtype that
     sums run in, and that in which what lies between pool and gates is stored. momentum None: without running
-    statistics. Without grad only the forward results are returned.
+    statistics. before: what x goes through first, stored nowhere. Without grad only the forward results are returned.
     """
     with np.errstate(all="ignore"):
-        return _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, groups)
+        return _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, groups, before)
 
 
-def _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, groups):
+def _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, groups, before):
     ops, mid = Arithmetic(sums, sums), Arithmetic(sums, middle)
-    xs = exact(_real(x))
+    xs, results = exact(_real(x)), {}
+    if before is not None:
+        xs, back = _before(ops, xs, params, before, results)
     n, _, height, width = xs.v.shape
     w1, wh, ww = (exact(_real(params[k + ".weight"])[:, :, 0, 0]) for k in ("conv1", "conv_h", "conv_w"))
     b1, bh, bw = (_column(params.get(k + ".bias")) for k in ("conv1", "conv_h", "conv_w"))
@@ -187,7 +238,7 @@ def _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, g
     z = mid.matmul(w1, p)
     if b1 is not None:
         z = mid.add(z, b1)
-    results, zhat, inv = {}, None, None
+    zhat, inv = None, None
     split = {"instance": (n, m, 1, -1), "group": (n, groups, m // groups, -1)}.get(norm, (n, m, 1, height + width))
     axes = {"batch": (0, 3), "group": (2, 3), "instance": (3,)}.get(norm)
     if norm != "none":
@@ -200,7 +251,7 @@ def _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, g
             var = mid.mean(mid.mul(off, off), axes)
         if norm == "batch":
             count = n * (height + width)
-            results.update(_running(mid, params, mean, var, momentum, count / max(1, count - 1)))
+            results.update(_running(mid, params, "bn1", mean, var, momentum, count))
         inv = mid.inverse_root(var, eps)
         zhat = mid.mul(mid.sub(parts, mean), inv)
         u = zhat.reshape(n, m, height + width)
@@ -215,7 +266,7 @@ def _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, g
     out = ops.mul(ops.mul(xs, a_w), a_h)
     results["out"] = ops.add(out, xs) if skip else out
     if grad is None:
-        return results, ops.overflows or mid.overflows, mid.at_a_jump
+        return results, ops.overflows or mid.overflows, ops.at_a_jump or mid.at_a_jump
     g = exact(_real(grad))
 
     def logits(a, other, axis):
@@ -246,8 +297,39 @@ def _run(x, params, grad, norm, activation, skip, eps, sums, middle, momentum, g
     dp_w = ops.mul(dp[:, :, height:], exact(np.array(1 / height)))[:, :, None, :]
     dx = ops.add(ops.mul(ops.mul(g, a_w), a_h), ops.add(dp_h, dp_w))
     grads["x"] = ops.add(dx, g) if skip else dx
+    if before is not None:
+        grads.update(back(grads["x"]))
     results.update({"d " + name: ball for name, ball in grads.items()})
-    return results, ops.overflows or mid.overflows, mid.at_a_jump
+    return results, ops.overflows or mid.overflows, ops.at_a_jump or mid.at_a_jump
+
+
+def _before(ops, xs, params, before, results):
+    """The map that the block sees, and a function from its gradient to those of x, weight and bias."""
+    axes, batch = (0, 2, 3), before.norm == "batch"
+    vector = lambda name: None if params.get(name) is None else _real(params[name])[:, None, None]
+    if batch:
+        mean, var = ops.moments(xs, axes)
+        count = xs.v.size // xs.v.shape[1]
+        results.update(_running(ops, params, "before", mean, var, before.momentum, count))
+    else:
+        mean, var = (exact(vector("before.running_" + k)[None]) for k in ("mean", "var"))
+    gamma, beta = vector("before.weight"), vector("before.bias")
+    gamma = np.ones_like(mean.v) if gamma is None else gamma
+    inv = ops.inverse_root(var, before.eps)
+    u = ops.normalised(xs, mean, inv, gamma, 0 * mean.v if beta is None else beta)
+    y, slope = (u, None) if before.activation is None else ACTIVATIONS[before.activation](ops, u)
+
+    def back(dy):
+        du = dy if slope is None else ops.mul(dy, slope)
+        off = np.where(np.isinf(xs.v), np.nan, xs.v - mean.v)
+        zhat = ops.mul(ops.rounded(off, mean.e + 0 * off), inv)
+        along, whole = ops.mul(du, zhat), du
+        if batch:
+            du = ops.sub(ops.sub(du, ops.mean(du, axes)), ops.mul(zhat, ops.mean(along, axes)))
+        dx = ops.mul(du, ops.mul(inv, exact(gamma)))
+        return {"x": dx, "before.weight": ops.sum(along, axes), "before.bias": ops.sum(whole, axes)}
+
+    return y, back
 
 
 def _pair(ball):
@@ -258,13 +340,14 @@ def _column(t):
     return None if t is None else exact(_real(t)[None, :, None])
 
 
-def _running(ops, params, mean, var, momentum, unbiased):
+def _running(ops, params, of, mean, var, momentum, count):
     results = {}
-    for name, batch, scale in (("mean", mean, 1.0), ("var", var, unbiased)):
-        old = params.get("bn1.running_" + name)
+    for name, batch, scale in (("mean", mean, 1.0), ("var", var, count / max(1, count - 1))):
+        name = f"{of}.running_{name}"
+        old = params.get(name)
         if old is not None and momentum is not None:
             batch = ops.mul(batch.reshape(-1), exact(np.array(scale * momentum)))
-            results["bn1.running_" + name] = ops.add(exact(_real(old) * (1 - momentum)), batch)
+            results[name] = ops.add(exact(_real(old) * (1 - momentum)), batch)
     return results
 
 

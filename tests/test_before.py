@@ -15,7 +15,7 @@ from shapes import AWKWARD
 from torch import nn
 from torch.library import opcheck
 
-from coordatt_fast import CoordAtt, before, plan
+from coordatt_fast import CoordAtt, NormAct, before, coord_att, plan, use_backend
 from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN
 from coordatt_fast.reference import ACTIVATIONS
 
@@ -281,6 +281,39 @@ def test_running_statistics(dtype, momentum):
         bound = 1e-12 if FLOATS[dtype] is torch.float64 else 16 * torch.finfo(FLOATS[dtype]).eps
         if b.is_floating_point():
             assert max(tolerances.errors(ours[name], b)) < bound, name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_given_statistics_need_no_count(backend):
+    """With the cumulative average, before the first batch and outside training."""
+    stacked = Stacked(Case(*AWKWARD["primes"], dtype=torch.float64, norm="running"), "running")
+    d = data(stacked)
+    module = build(stacked, d)
+    a, n = module.att, module.norm
+    none = torch.tensor(0)
+    stands = NormAct(
+        n.weight,
+        n.bias,
+        n.running_mean,
+        n.running_var,
+        momentum=None,
+        num_batches_tracked=none,
+        activation="relu6",
+    )
+    of_bn = a.bn1.weight, a.bn1.bias, a.bn1.running_mean, a.bn1.running_var
+    weights = (
+        a.conv1.weight,
+        a.conv1.bias,
+        *of_bn,
+        a.conv_h.weight,
+        a.conv_h.bias,
+        a.conv_w.weight,
+        a.conv_w.bias,
+    )
+    with use_backend(backend):
+        out = coord_att(d.x, *weights, before=stands, momentum=None, num_batches_tracked=none)
+    assert max(tolerances.errors(out.detach(), module(d.x).detach())) < tolerances.FORMULAS_AGREE
+    assert none == 0
 
 
 WANTED = [

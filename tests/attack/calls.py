@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from dataclasses import dataclass
+from unittest import mock
 
 import bounds
 import torch
@@ -12,12 +13,31 @@ from paper import PaperCoordAtt
 from torch import nn
 
 from attack.tensors import DTYPES, FINITE, LAYOUTS, MIDDLES, NOT_FINITE, laid_out, map_of, parameter, shapes
-from coordatt_fast import CoordAtt, coord_att, explain, use_backend
+from coordatt_fast import CoordAtt, before, coord_att, explain, use_backend
+from coordatt_fast.functional import NormAct
 
 NAMES = tuple(f"{m}.{p}" for m in ("conv1", "bn1", "conv_h", "conv_w") for p in ("weight", "bias"))
+OF_BEFORE = ("before.weight", "before.bias")
 FUSED = ("hard_swish", "silu", "relu", "relu6")
 ONLY_HYBRID = ("GELU", "Tanh", "Mish", "LeakyReLU", "ELU")
 LEVELS = supported_levels() or ["none"]
+
+
+@dataclass(frozen=True)
+class Before:
+    """A normalisation and an activation before the block, in words."""
+
+    norm: str = "batch"  # "running", "no statistics"
+    activation: str | None = "relu6"
+    affine: tuple = OF_BEFORE
+    wide: bool = False  # in float32 beside a half x
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    tracked: int = 0
+
+    @property
+    def training(self):
+        return self.norm == "batch" or (self.norm == "no statistics" and self.momentum is not None)
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,8 @@ class Call:
     eps: float = 1e-5
     momentum: float | None = 0.1
     tracked: int = 0
-    requires: tuple = ("x", *NAMES)
+    before: Before | None = None  # of the function
+    requires: tuple = ("x", *NAMES, *OF_BEFORE)
     hook: str | None = None
     target: str = "new"  # or "inplace", "out"
     out_layout: str = "contiguous"
@@ -60,14 +81,37 @@ class Call:
     def fused(self):
         return self.form != "hybrid"
 
+    @property
+    def moved(self):
+        """The normalisations whose running statistics the call moves."""
+        return [n for n, norm in (("bn1", self.norm), ("before", self.before and self.before.norm)) if norm == "batch"]
+
+
+EPS = 1e-5, 1e-5, 1e-3, 1e-8, 0.5
+MOMENTUM = 0.1, 0.1, None, 1.0, 0.0, 0.37
+
 
 @st.composite
-def calls(draw, forms=("module", "module", "function", "hybrid")):
+def befores(draw, half):
+    one_of = lambda *values: draw(st.sampled_from(values))
+    affine = one_of(*[OF_BEFORE] * 4, (), *[(name,) for name in OF_BEFORE])
+    return Before(
+        one_of("batch", "batch", "running", "running", "no statistics"), one_of(None, *FUSED), affine,
+        half and draw(st.booleans()), one_of(*EPS), one_of(*MOMENTUM), one_of(0, 1, 5),
+    )  # fmt: skip
+
+
+@st.composite
+def calls(draw, forms=("module", "module", "function", "stacked", "stacked", "hybrid")):
+    """forms: "stacked" is the function with something before it."""
     one_of = lambda *values: draw(st.sampled_from(values))
     form, dtype = one_of(*forms), one_of(*DTYPES)
     shape = draw(shapes())
     half = dtype in (torch.bfloat16, torch.float16)
     more = {"autocast": draw(st.booleans())} if half else {}
+    names, stacked = ("x", *NAMES), form == "stacked"
+    if stacked:
+        form, names, more["before"] = "function", names + OF_BEFORE, draw(befores(half))
     norms = ["batch", "batch", "running", "running", "none", "no statistics"]
     activation = one_of(*FUSED)
     if form == "hybrid":
@@ -89,19 +133,20 @@ def calls(draw, forms=("module", "module", "function", "hybrid")):
     if backward:
         more |= {"grad": kind(), "grad_layout": layout()}
         if draw(st.integers(0, 2)) == 0:
-            chosen = draw(st.integers(1, 2 ** (1 + len(NAMES)) - 1))
-            more["requires"] = tuple(n for i, n in enumerate(("x", *NAMES)) if chosen >> i & 1)
+            chosen = draw(st.integers(1, 2 ** len(names) - 1))
+            more["requires"] = tuple(n for i, n in enumerate(names) if chosen >> i & 1)
     else:
         if more.get("hook") == "backward":
             more["hook"] = "pre"
         more["grad"] = None
-        more["target"] = one_of("new", "inplace", "out") if form == "function" else one_of("new", "inplace")
+        targets = {"stacked": ("new",), "function": ("new", "inplace", "out")}.get("stacked" if stacked else form)
+        more["target"] = one_of(*targets or ("new", "inplace"))
         more["out_layout"] = one_of(*(name for name in LAYOUTS if not name.startswith("expanded")))
     return Call(
         form, shape, mid, dtype, x=kind(), x_layout=layout(), norm=norm, activation=activation,
         strided=draw(st.integers(0, 4)) == 0, bias=draw(st.integers(0, 3)) > 0,
         affine=draw(st.integers(0, 3)) > 0, skip=draw(st.booleans()),
-        eps=one_of(1e-5, 1e-5, 1e-3, 1e-8, 0.5), momentum=one_of(0.1, 0.1, None, 1.0, 0.0, 0.37),
+        eps=one_of(*EPS), momentum=one_of(*MOMENTUM),
         tracked=one_of(0, 1, 5), threads=one_of(1, 1, 1, 2, 3), simd=one_of(*LEVELS),
         seed=draw(st.integers(0, 2**31)), **more,
     )  # fmt: skip
@@ -122,6 +167,20 @@ def _norm(call):
     )
 
 
+def _activation(name):
+    # PyTorch's own: the paper's spelling multiplies a NaN gradient by the zero that these select.
+    return CoordAtt(1, 1, activation=name).act
+
+
+def _before(call):
+    """The normalisation before the block."""
+    of, c = call.before, call.shape[1]
+    norm = nn.BatchNorm2d(c, of.eps, of.momentum, track_running_stats=of.norm != "no statistics")
+    for name in set(OF_BEFORE) - set(of.affine):
+        setattr(norm, name.split(".")[1], None)
+    return norm
+
+
 def _module(cls, call, params, dtype=None):
     channels = call.shape[1]
     inplace = {"inplace": True} if cls is CoordAtt and call.target == "inplace" else {}
@@ -130,8 +189,9 @@ def _module(cls, call, params, dtype=None):
     if call.activation in ONLY_HYBRID:
         module.act = getattr(nn, call.activation)()
     else:
-        # PyTorch's own: the paper's spelling multiplies a NaN gradient by the zero that these select.
-        module.act = CoordAtt(1, 1, activation=call.activation).act
+        module.act = _activation(call.activation)
+    if call.before:
+        module.before = _before(call)
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in params.items():
         value = value if dtype is None or not value.is_floating_point() else value.to(dtype)
@@ -143,7 +203,10 @@ def _module(cls, call, params, dtype=None):
                 holder._parameters[leaf] = nn.Parameter(kept, requires_grad=name in call.requires)
             else:
                 holder._buffers[leaf] = kept
-    return module.train(call.training)
+    module.train(call.training)
+    if call.before:
+        module.before.train(call.before.training)
+    return module
 
 
 def _params(call, generator):
@@ -161,12 +224,20 @@ def _params(call, generator):
         params["bn1.weight"], params["bn1.bias"] = 1 + 0.4 * draw(m), 0.7 * draw(m)
     if call.norm in ("batch", "running"):
         params["bn1.running_mean"], params["bn1.running_var"] = 0.5 * draw(m), 0.1 + draw(m).square()
+    of = call.before
+    if of:
+        made = {"before.weight": 0.5 + 1.2 * draw(c), "before.bias": 0.7 + draw(c)}
+        params |= {name: value for name, value in made.items() if name in of.affine}
+        if of.norm != "no statistics":
+            params |= {"before.running_mean": 0.5 * draw(c), "before.running_var": 0.1 + draw(c).square()}
     dtype = torch.float32 if call.autocast else call.dtype
     for name, value in params.items():
-        wide = call.wide_norm and name.startswith("bn1")
+        wide = of.wide if name.startswith("before") else call.wide_norm and name.startswith("bn1")
         params[name] = parameter(value.to(torch.float32 if wide else dtype), call.strided)
     if call.norm in ("batch", "running"):
         params["bn1.num_batches_tracked"] = torch.tensor(call.tracked)
+    if of and of.norm != "no statistics":
+        params["before.num_batches_tracked"] = torch.tensor(of.tracked)
     return params
 
 
@@ -193,26 +264,30 @@ def _run(call, module, x, grad, out=None):
         if call.form == "function" and isinstance(module, CoordAtt):
             result = _function(call, module, x, out)
         else:
-            result = module(x)
+            y = module.before(x) if call.before else x
+            result = module(_activation(call.before.activation)(y) if call.before and call.before.activation else y)
     results = {"out": result.detach()}
     if grad is not None and result.requires_grad:
         result.backward(grad)
         results["d x"] = x.grad
         results.update({"d " + n: p.grad for n, p in module.named_parameters()})
-    if call.norm == "batch":
-        results.update(module.named_buffers())
+    results.update((n, b) for n, b in module.named_buffers() if n.split(".")[0] in call.moved)
     return results, result
 
 
 def _function(call, module, x, out):
-    bn = module.bn1
-    get = lambda name: getattr(bn, name, None)
+    get = lambda name: getattr(module.bn1, name, None)
+    stands = None
+    if of := call.before:
+        bn = module.before
+        statistics = bn.running_mean, bn.running_var, of.training, of.momentum, of.eps, bn.num_batches_tracked
+        stands = NormAct(bn.weight, bn.bias, *statistics, of.activation)
     return coord_att(
         x, module.conv1.weight, module.conv1.bias, get("weight"), get("bias"), get("running_mean"),
         get("running_var"), module.conv_h.weight, module.conv_h.bias, module.conv_w.weight, module.conv_w.bias,
         training=call.training, momentum=call.momentum, eps=call.eps, activation=call.activation, skip=call.skip,
         num_batches_tracked=get("num_batches_tracked") if call.norm == "batch" else None,
-        inplace=call.target == "inplace", out=out,
+        inplace=call.target == "inplace", out=out, before=stands,
     )  # fmt: skip
 
 
@@ -224,9 +299,9 @@ def impossible(call):
     n, _, h, w = call.shape
     if n == 0 and call.form == "hybrid":
         return True
-    function = call.form == "function" and call.norm == "running" and call.affine is False
     instance = call.norm == "instance" and h + w < 2
-    return function or instance
+    one_value = call.before and call.before.norm != "running" and n * h * w == 1
+    return instance or one_value
 
 
 def check(call: Call) -> None:
@@ -250,10 +325,11 @@ def check(call: Call) -> None:
     torch.set_num_threads(call.threads)
     torch.ops.coordatt_fast.set_simd_level(call.simd)
     try:
-        with use_backend("cpu"):
+        with use_backend("cpu"), mock.patch.object(before, "attention", wraps=before.attention) as stacked:
             if call.form != "function":
                 _takes(call, module, target, grad)
             results, result = _run(call, module, target, grad, out)
+        assert not (call.before and x.numel()) or stacked.called, f"{call!r}\nwhat stands before ran by itself"
     finally:
         torch.ops.coordatt_fast.set_simd_level(LEVELS[-1])
         torch.set_num_threads(1)
@@ -281,7 +357,8 @@ def _form(call, x, kept_x, target, out, result, results, grad, params, kept):
     same = lambda a, b: torch.equal(torch.nan_to_num(a, nan=7.5), torch.nan_to_num(b, nan=7.5))
     if not same(x, kept_x):
         wrong.append("x was written")
-    moved = {"bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked"} if call.norm == "batch" else set()
+    statistics = {n for n in params if n.split(".")[1] in ("running_mean", "running_var", "num_batches_tracked")}
+    moved = {n for n in statistics if n.split(".")[0] in call.moved}
     wrong += [f"{n} was written" for n, t in params.items() if n not in moved and not same(t, kept[n])]
     if result.shape != call.shape or result.dtype != call.dtype:
         wrong.append(f"the result is {tuple(result.shape)}, {result.dtype}")
@@ -295,12 +372,24 @@ def _form(call, x, kept_x, target, out, result, results, grad, params, kept):
                 wrong.append(f"x is {form} ({given.stride()}), the {name} is not ({made.stride()})")
     wanted = {"d " + n for n in call.requires} if grad is not None else set()
     present = {n for n, t in results.items() if n.startswith("d ") and t is not None}
-    have = {"d x"} | {"d " + n for n in params if not n.startswith("bn1.r") and not n.startswith("bn1.n")}
+    have = {"d x"} | {"d " + n for n in params.keys() - statistics}
     if present != wanted & have:
         wrong.append(f"gradients of {sorted(present)}, wanted {sorted(wanted & have)}")
-    if call.norm == "batch" and int(results["bn1.num_batches_tracked"]) != call.tracked + 1:
-        wrong.append(f"num_batches_tracked is {int(results['bn1.num_batches_tracked'])}")
+    for n in call.moved:
+        name = n + ".num_batches_tracked"
+        if int(results[name]) != int(kept[name]) + 1:
+            wrong.append(f"{name} is {int(results[name])}")
     return wrong
+
+
+def bounds_of_before(call):
+    """What stands before the block, as the analysis has it."""
+    of = call.before
+    if of is None:
+        return None
+    momentum = of.momentum if of.momentum is not None else 1 / (of.tracked + 1)
+    norm = "running" if of.norm == "running" else "batch"
+    return bounds.Before(norm, of.activation, of.eps, momentum if of.norm == "batch" else None)
 
 
 def _numbers(call, results, x, grad, params):
@@ -313,10 +402,10 @@ def _numbers(call, results, x, grad, params):
     balls, overflows, at_a_jump = bounds.run(
         x, params, grad, norm=kind, activation=call.activation, skip=call.skip, eps=call.eps, sums=acc,
         middle=acc if call.fused else call.dtype, groups=call.groups,
-        momentum=momentum if call.norm == "batch" else None,
+        momentum=momentum if call.norm == "batch" else None, before=bounds_of_before(call),
     )  # fmt: skip
     floats = {n: t for n, t in results.items() if t is not None and t.is_floating_point()}
-    special = overflows or not all(bool(t.isfinite().all()) for t in floats.values())
+    special = overflows or not all(bool(t.isfinite().all()) for t in (x, *floats.values()))
     wrong = []
     if not overflows:
         for name, value in floats.items():
@@ -377,7 +466,8 @@ def _special(call, results, x, grad, params, at_a_jump, balls):
             kinds |= {"NaN": torch.isnan, "+inf": torch.isposinf}
         if name == "d conv1.bias" and call.training:
             continue
-        if name.startswith("d ") and (at_a_jump or (call.activation in ("relu6", "hard_swish") and not x.isfinite().all())):
+        cut = {call.activation, call.before and call.before.activation} & {"relu6", "hard_swish"}
+        if name.startswith("d ") and (at_a_jump or (cut and not x.isfinite().all())):
             continue  # rounding decides whether NaN goes on; at NaN PyTorch's own vectors and tails differ
         for kind, test in kinds.items():
             a, b, c = test(value), test(plain), test(truth)
@@ -405,6 +495,6 @@ observed: dict = {}
 
 def observe(call, name, ratio):
     """The largest share of the allowed error per dtype, form and result, for those who set the bars."""
-    key = str(call.dtype)[6:], call.form, name
+    key = str(call.dtype)[6:], "stacked" if call.before else call.form, name
     if ratio < 1e30:
         observed[key] = max(observed.get(key, 0.0), ratio)

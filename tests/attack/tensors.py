@@ -6,7 +6,9 @@ import torch
 from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FINITE = ("normal", "large", "huge", "tiny", "zero", "constant", "offset", "spread", "integers", "sparse")
+FINITE = (
+    "normal", "large", "huge", "tiny", "zero", "constant", "offset", "far", "spread", "outliers", "integers", "sparse",
+)  # fmt: skip
 NOT_FINITE = ("nan", "inf", "-inf", "mixed")
 LAYOUTS = (
     "contiguous", "channels_last", "sliced", "cropped", "transposed", "offset", "channels", "batch inside",
@@ -59,6 +61,11 @@ def map_of(kind: str, shape, generator, dtype) -> torch.Tensor:
         x = torch.full_like(x, float(draw(1)))
     elif kind == "offset":
         x = x + 1000 * draw(1, c, 1, 1)
+    elif kind == "far":  # a mean of many deviations
+        x = 0.01 * x + 1000 * draw(1, c, 1, 1)
+    elif kind == "outliers":  # where a sum begins, and anywhere
+        x[..., :1, :1] += 1e4
+        x = torch.where(draw(n, c, h, w) > 3, -1e4, x)
     elif kind == "spread":
         x = x * (2 * draw(n, c, h, w)).exp()
     elif kind == "integers":

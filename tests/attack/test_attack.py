@@ -12,7 +12,8 @@ from paper import PaperCoordAtt
 
 from attack import calls, changes, judge, passes, rounds, spellings
 from attack.pieces import Piece
-from coordatt_fast import backends, ops
+from coordatt_fast import backends, before, ops
+from coordatt_fast.codes import NORM_GIVEN
 
 SEED = int(os.environ.get("SEED") or 0)
 CASES = {"calls": 1200, "sequences": 50, "lookalikes": 12, "changes": 10, "environment": 9}
@@ -30,6 +31,7 @@ def test_attack(part):
 # What the attack itself has to see --------------------------------------------------------------------
 
 WHOLE = calls.Call(shape=(2, 17, 5, 33), mid=9, skip=True)
+STACKED = replace(WHOLE, form="function", before=calls.Before())
 CALLS = {
     "module": WHOLE,
     "channels_last": replace(WHOLE, x_layout="channels_last", norm="running", activation="relu6"),
@@ -39,6 +41,12 @@ CALLS = {
     "function": replace(WHOLE, form="function", norm="running", shape=(2, 16, 16, 16)),
     "hybrid": replace(WHOLE, form="hybrid", hook="act"),
     "large": replace(WHOLE, x="large", grad="large"),
+    "stacked": replace(STACKED, skip=False),
+    "stacked, channels_last": replace(
+        STACKED, x_layout="channels_last", norm="running", before=calls.Before("running", "silu", calls.OF_BEFORE)
+    ),
+    "stacked, bfloat16": replace(STACKED, dtype=torch.bfloat16, before=calls.Before(activation=None, wide=True)),
+    "stacked, float64": replace(STACKED, dtype=torch.float64, x="offset", before=calls.Before(activation="hard_swish")),
 }
 
 
@@ -96,14 +104,35 @@ def test_a_kernel_that_leaves_out_a_tail_is_seen(monkeypatch):
         calls.check(call)
 
 
-@given(calls.calls(forms=("module",)))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", calls.DTYPES, ids=str)
+def test_moments_that_leave_out_a_tail_are_seen(dtype, layout, monkeypatch):
+    """The last column of 33 counts neither in the mean nor in the variance."""
+    call = replace(STACKED, dtype=dtype, x_layout=layout, grad=None, before=calls.Before("no statistics"))
+    attention = before.attention
+
+    def short(x, stands, *block):
+        part = x[..., :-1].to(ops.accumulate_dtype(dtype))
+        mean, var = part.mean((0, 2, 3)), part.var((0, 2, 3), unbiased=False)
+        weight, bias = (t.to(mean.dtype) for t in stands[:2])
+        return attention(x, (weight, bias, mean, var, stands[4], NORM_GIVEN, stands[6], None, 0.0, False), *block)
+
+    monkeypatch.setattr(before, "attention", short)
+    with pytest.raises(AssertionError, match="out: .* times what is allowed"):
+        calls.check(call)
+
+
+@given(calls.calls(forms=("module", "stacked")))
 @seed(1)
-@rounds.options(60)
+@rounds.options(120)
 def test_the_truth_is_the_papers(call):
     """The balls' values are those of the paper's module in float64, by autograd."""
     if call.x in calls.NOT_FINITE or call.grad in calls.NOT_FINITE or 0 in call.shape or call.x == "huge":
         return
-    call = replace(call, dtype=torch.float64, autocast=False, wide_norm=False, momentum=0.1)
+    if calls.impossible(call):
+        return
+    of = call.before and replace(call.before, wide=False)
+    call = replace(call, dtype=torch.float64, autocast=False, wide_norm=False, momentum=0.1, before=of)
     generator = torch.Generator().manual_seed(call.seed)
     params = calls._params(call, generator)
     x = calls.map_of(call.x, call.shape, generator, call.dtype)
@@ -113,6 +142,7 @@ def test_the_truth_is_the_papers(call):
     balls, _, _ = bounds.run(
         x, params, grad, norm=norm, activation=call.activation, skip=call.skip, eps=call.eps,
         sums=torch.float64, middle=torch.float64, momentum=0.1 if call.norm == "batch" else None,
+        before=calls.bounds_of_before(call),
     )  # fmt: skip
     for name, value in theirs.items():
         if value is not None and value.is_floating_point():
