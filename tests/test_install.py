@@ -84,11 +84,14 @@ def source(pristine, tmp_path):
 
 
 class Environment:
-    """A virtual environment that sees this one's packages, but not its editable install of ours."""
+    """A virtual environment that sees this one's packages, but not its editable install of ours; or a copy of one."""
 
-    def __init__(self, folder):
-        succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
-        self.python = folder / "bin/python"
+    def __init__(self, folder, like=None):
+        if like:
+            shutil.copytree(like.folder, folder, symlinks=True)
+        else:
+            succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+        self.folder, self.python = folder, folder / "bin/python"
         self.packages = next(folder.glob("lib/python*/site-packages"))
         (self.packages / "outer.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
 
@@ -124,7 +127,15 @@ def wheel(pristine, tmp_path_factory):
     return path
 
 
-def test_wheel(wheel, pristine, environment, tmp_path):
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """An environment that has the wheel. Not to be changed."""
+    environment = Environment(tmp_path_factory.mktemp("installed") / "environment")
+    environment.install(wheel, cwd=wheel.parent)
+    return environment
+
+
+def test_wheel(wheel, pristine, installed, tmp_path):
     """One wheel for every Python; it works from anywhere, the repository's root included."""
     assert wheel.name.startswith("coordatt_fast-") and "-py3-none-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
@@ -132,13 +143,12 @@ def test_wheel(wheel, pristine, environment, tmp_path):
         assert f"coordatt_fast/{name}" in names
     assert not [n for n in names if n.startswith(("csrc", "kernels", "tests", "bench"))]
 
-    environment.install(wheel, cwd=tmp_path)
-    answer, _ = environment.ask(tmp_path)
-    assert Path(answer["file"]).is_relative_to(environment.packages)
-    assert answer["kernels"] == [str(environment.packages / "coordatt_fast/kernels")]
+    answer, _ = installed.ask(tmp_path)
+    assert Path(answer["file"]).is_relative_to(installed.packages)
+    assert answer["kernels"] == [str(installed.packages / "coordatt_fast/kernels")]
     assert answer["cpu"] and answer["tier"] == "fused"
 
-    answer, _ = environment.ask(pristine)
+    answer, _ = installed.ask(pristine)
     assert Path(answer["file"]).is_relative_to(pristine)
     assert str(pristine / "kernels") in answer["kernels"]
     assert answer["cpu"] and answer["tier"] == "fused"
@@ -223,9 +233,9 @@ def removed(library, build):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_library_that_does_not_load(wheel, environment, tmp_path, harm, words):
+def test_library_that_does_not_load(installed, tmp_path, harm, words):
     """Reported with what it was built for and what is there; the reference still computes; a demand raises."""
-    environment.install(wheel, cwd=tmp_path)
+    environment = Environment(tmp_path / "environment", installed)
     folder = environment.packages / "coordatt_fast/lib"
     build = json.loads((folder / "build.json").read_text())
     harm(folder / "libcoordatt_fast.so", build)
@@ -240,12 +250,11 @@ def test_library_that_does_not_load(wheel, environment, tmp_path, harm, words):
     assert result.returncode and "RuntimeError" in result.stderr and words[0] in result.stderr
 
 
-def test_command_line(wheel, environment, tmp_path):
-    environment.install(wheel, cwd=tmp_path)
-    printed = succeed(environment.python, "-m", "coordatt_fast", cwd=tmp_path).stdout
-    assert str(environment.packages / "coordatt_fast/lib/libcoordatt_fast.so") in printed
+def test_command_line(installed, tmp_path):
+    printed = succeed(installed.python, "-m", "coordatt_fast", cwd=tmp_path).stdout
+    assert str(installed.packages / "coordatt_fast/lib/libcoordatt_fast.so") in printed
     assert "cpu         yes" in printed and torch.__version__ in printed
-    script = environment.python.parent / "coordatt-fast"
+    script = installed.python.parent / "coordatt-fast"
     assert succeed(script, "info", cwd=tmp_path).stdout == printed
     model = "from coordatt_fast import CoordAtt\nclass Mine(CoordAtt): pass\ndef make(): return Mine(8, 8)\n"
     (tmp_path / "mine.py").write_text(model)

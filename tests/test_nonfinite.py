@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import FLOATS, LAYOUTS, Case, build, data, run
 from paper import ACTIVATIONS, PaperCoordAtt
+from tolerances import FORMULAS_AGREE, errors
 
 from coordatt_fast import CoordAtt, use_backend
 
@@ -128,6 +129,17 @@ def stops_gradients(case, value, under_test):
             same_kind(ours[name], theirs[name], f"{name}, {case}", kinds)
 
 
+def takes_slopes_at_kinks(activation, under_test):
+    """Where an activation bends plain PyTorch takes one of the two slopes. Other tests' data keep away from there."""
+    case = Case((2, 5, 4, 3), 9, torch.float64, norm="none", activation=activation)
+    d = data(case)
+    d.params["conv1.weight"].zero_()
+    d.params["conv1.bias"][:] = torch.tensor([-3.0, 0.0, 3.0, 6.0]).repeat(3)[:9]
+    theirs, ours = by_reference(case, d), under_test(case, d)
+    for name in theirs:
+        assert max(errors(ours[name], theirs[name])) < FORMULAS_AGREE, name
+
+
 def fused(case, d):
     return run(build(CoordAtt, case, d.params), d.x, d.grad)
 
@@ -140,6 +152,11 @@ def test_backward_where_the_activation_is_flat(activation, value, simd):
             for norm in ("running", "batch", "none"):
                 case = Case((2, 5, 4, 3), 9, dtype, layout=layout, norm=norm, activation=activation)
                 stops_gradients(case, VALUES[value], fused)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_at_kinks(activation, simd):
+    takes_slopes_at_kinks(activation, fused)
 
 
 @pytest.mark.parametrize("value", VALUES)

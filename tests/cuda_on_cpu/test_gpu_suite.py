@@ -225,16 +225,24 @@ def test_benchmark(gpu_bench, tmp_path, capsys):
     assert "estimated cluster:" in text and "held)" in text and "ALL CHECKS PASSED" in text
 
 
-def test_a_wrong_way_gets_no_time(gpu_bench, tmp_path):
-    from bench.gpu import sanitizer
+def test_a_wrong_way_gets_no_time(gpu_bench, tmp_path, monkeypatch):
+    from bench.gpu import cases, sanitizer
 
-    emulator = checking.emulator
+    emulator, timed = checking.emulator, set()
+
+    def time_phase(case, phase, entered, *rest):
+        timed.update(f"{name} {'eval' if phase == 'eval' else 'train'}" for name in entered)
+
+    monkeypatch.setattr(cases, "time_phase", time_phase)
     sanitizer.calls("cpu", ((1, 16, 7, 9),))  # reaches every site
     emulator.skip(next(i for i, s in enumerate(emulator.sites()) if s.startswith("one_pass.cu")))
     emulator.set_seed(3)
     arguments = ["--device", "cpu", "--quick", "--rounds", "2", "--parts", "ways", "--out", str(tmp_path)]
     assert gpu_bench.main(arguments) == 1
     assert "CHECK FAILED" in (tmp_path / "gpu.txt").read_text()
+    (ways,) = json.loads((tmp_path / "gpu.json").read_text())["ways"]
+    passed = {name for name, check in ways["checks"].items() if check["passed"]}
+    assert passed == timed and timed < {*ways["checks"]}
 
 
 def test_sanitizers_calls(gpu_bench):

@@ -10,6 +10,7 @@ from checking import A100, H200, RTX_5090, agree, compare, kernels, on_cuda
 from harness import FLOATS, LAYOUTS, Case, build, data, run
 from paper import ACTIVATIONS, PaperCoordAtt
 from shapes import AWKWARD
+from test_nonfinite import takes_slopes_at_kinks
 from test_registration import CASES, OPS
 from test_strides import RELAYOUTS
 
@@ -261,6 +262,7 @@ def test_gradient_not_finite(layout, value):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradient_where_the_activation_is_flat(activation):
     promises.keeps_gradients_where_the_activation_is_flat(activation, on_cuda)
+    takes_slopes_at_kinks(activation, on_cuda)
 
 
 @pytest.mark.parametrize("shape", promises.AMBIGUOUS, ids=str)

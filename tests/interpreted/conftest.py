@@ -1,6 +1,6 @@
 """Triton's kernels in its interpreter: collected only where TRITON_INTERPRET=1 was set before Python started.
 
-tests/test_triton_suite.py runs this folder in a process of its own.
+tests/test_triton_suite.py runs this folder in processes of its own.
 """
 
 import os

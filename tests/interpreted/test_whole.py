@@ -9,6 +9,7 @@ from checking import agree, compare, on_triton
 from harness import FLOATS, LAYOUTS, Case, build, data
 from paper import ACTIVATIONS, PaperCoordAtt
 from shapes import AWKWARD
+from test_nonfinite import takes_slopes_at_kinks
 from test_registration import CASES, OPS
 from test_strides import RELAYOUTS
 
@@ -162,6 +163,7 @@ def test_gradient_not_finite(layout, value):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradient_where_the_activation_is_flat(activation):
     promises.keeps_gradients_where_the_activation_is_flat(activation, on_triton)
+    takes_slopes_at_kinks(activation, on_triton)
 
 
 def test_an_unknown_activation_is_refused():
