@@ -98,7 +98,7 @@ def _forward_of_any(self, *args, **kwargs):
 
 
 @functools.cache
-def _subclass(cls: Any, base: Any = Accelerated) -> Any:
+def _subclass(cls: Any, base: Any) -> Any:
     # The original class by name: its place in the order varies where a framework subclasses this one.
     namespace: dict[str, Any] = {"__module__": __name__, "__doc__": base.__doc__}
     namespace |= {"_coordatt_fast_class": cls, "_coordatt_fast_base": base}
@@ -220,7 +220,7 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def _take_over(module: nn.Module, wiring: Wiring) -> None:
-    cls = _subclass(type(module))  # type: ignore[arg-type]  # mypy: Module.__hash__
+    cls = _subclass(type(module), Accelerated)  # type: ignore[arg-type]  # mypy: Module.__hash__
     object.__setattr__(module, "__class__", cls)
     module.__dict__[_ATTRIBUTE] = kept(wiring)
 
