@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from coordatt_fast.code import Absent, Code, Different, code_of, is_read, strange_words
+from coordatt_fast.code import Code, Different, code_of, is_read, strange_words
 from coordatt_fast.neighbours import run
 from coordatt_fast.wiring import Watch, watch
 
@@ -43,27 +43,24 @@ class Step(NamedTuple):
 class Steps(NamedTuple):
     """How a module's forward runs its children.
 
-    steps: None for a Sequential, whose children are read at each call. watch and codes: of what forward read.
+    steps: None for a Sequential, whose children are read at each call. chain: the children's names, where forward
+    calls them one after the other and does nothing else. watch and codes: of what forward read.
     """
 
     steps: tuple[Step, ...] | None = None
+    chain: tuple[str, ...] | None = None
     watch: Watch | None = None
     codes: tuple[Code, ...] = ()
-
-    @property
-    def chain(self) -> tuple[str, ...] | None:
-        """The children's names, where forward calls them one after the other and does nothing else."""
-        if self.steps is None or len(self.steps) != 1 or self.steps[0].function:
-            return None
-        return self.steps[0].names
 
     def changed(self, module: nn.Module, codes: tuple[Code, ...]) -> str | None:
         """Why forward may do something else by now; None where it does what it did."""
         for code in codes:
             if why := code.changed():
                 return why
-        if None in module._modules.values():
-            return "a child is None now"
+        d = module.__dict__
+        for name, child in d["_modules"].items():
+            if child is None or name in d:
+                return f"{name} is None now, or hidden by an attribute"
         return self.watch.changed(module) if self.watch else None
 
     def run(self, module: nn.Module, x):
@@ -105,12 +102,11 @@ def steps_of(module: nn.Module) -> Steps:
         watched = watch((), module, [code], container=True)
     except ValueError as error:
         raise Different(str(error)) from error
-    hidden = tuple((name, Absent) for name in children)
-    watched = watched._replace(attributes=(*watched.attributes, *hidden))
     steps = _in_chains(*_recorded(module))
     if any(name in vars(k) for name in children for k in kind.__mro__):
         raise Different("a child has the name of an attribute of its class")
-    return Steps(steps, watched, (code,))
+    chain = steps[0].names if len(steps) == 1 and steps[0].names else None
+    return Steps(steps, chain, watched, (code,))
 
 
 class _Value:

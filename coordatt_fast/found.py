@@ -1,5 +1,6 @@
 """Finds the normalisations and activations that stand right before a block."""
 
+import inspect
 from typing import NamedTuple
 
 from torch import nn
@@ -36,28 +37,32 @@ def neighbours_in(module: nn.Module, path: str) -> Found | None:
     if is_sequence(type(module)):
         steps, rows = Steps(), [list(module._modules)]
     else:
+        if list(inspect.signature(type(module).forward).parameters)[1:] != ["x"]:
+            raise Different("its forward takes another input than x")  # which compilers name theirs by
         steps = steps_of(module)
         rows = [list(step.names) for step in steps.steps or () if step.names]
     chains: list[tuple[nn.Module, Steps]] = []
     found = []
     for row in rows:
         parts = _flat([(f"{path}.{name}" if path else name, module._modules[name]) for name in row])
-        for name, block in list(parts):
-            where = parts.index((name, block))
+        for i, (name, block) in enumerate(parts):
             if not _is_block(block):
                 continue
-            if where and (chain := _chain(parts[where - 1])):
-                inner, put = chain
-                found_in = _before([*parts[: where - 1], *put])
-                if found_in:
-                    chains.append(inner)
-                    parts[where - 1 : where] = put
-            else:
-                found_in = _before(parts[:where])
-            outside = len(path) + 1 if path else 0
-            if found_in and found_in[0][outside:].partition(".")[0] != name[outside:].partition(".")[0]:
-                found.append(Neighbours(name, type(block).__name__.removeprefix("Accelerated"), *found_in))
-    return (steps, chains, found) if found else None
+            before, chain = parts[:i], _chain(parts[i - 1]) if i else None
+            if chain is not None:
+                before = [*before[:-1], *chain[2]]
+            taken = _before(before)
+            if taken is None or _first(taken[0], path) == _first(name, path):
+                continue  # a Sequential inside has both
+            if chain is not None:
+                chains.append(chain[:2])
+            found.append(Neighbours(name, type(block).__name__.removeprefix("Accelerated"), *taken))
+    return (steps, chains, list(dict.fromkeys(found))) if found else None
+
+
+def _first(name: str, path: str) -> str:
+    """Which child of the module at path it is in."""
+    return name[len(path) + 1 if path else 0 :].partition(".")[0]
 
 
 def _flat(parts: Parts) -> Parts:
@@ -94,7 +99,7 @@ def are_known(children: dict) -> bool:
     )
 
 
-def _chain(part) -> tuple[tuple[nn.Module, Steps], Parts] | None:
+def _chain(part) -> tuple[nn.Module, Steps, Parts] | None:
     """The children of a module of the user's own that calls them one after the other and does no more."""
     path, module = part
     if module is None or hasattr(module, "_coordatt_fast_own") or not is_read(module) or is_norm_act(type(module)):
@@ -105,7 +110,7 @@ def _chain(part) -> tuple[tuple[nn.Module, Steps], Parts] | None:
         return None
     if steps.chain is None:
         return None
-    return (module, steps), _flat([(f"{path}.{name}", module._modules[name]) for name in steps.chain])
+    return module, steps, _flat([(f"{path}.{name}", module._modules[name]) for name in steps.chain])
 
 
 def _before(parts: Parts) -> tuple[str, str] | None:

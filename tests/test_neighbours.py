@@ -275,10 +275,11 @@ def same_norm(m):
     m[3].bn1 = m[1]
 
 
-def tagged(m):
-    class Tagged(torch.Tensor):
-        pass
+class Tagged(torch.Tensor):
+    pass
 
+
+def tagged(m):
     m[1].running_mean = m[1].running_mean.as_subclass(Tagged)
 
 
