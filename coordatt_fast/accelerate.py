@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class Subclassed(nn.Module):
-    """What accelerate makes of a module: a subclass of the module's own class, with another forward before it.
+    """What accelerate makes of a module: a subclass of the module's own class, with another forward before
+    it.
 
     The object, its children, parameters, attributes and hooks stay what they are, so that optimizers, state
     dicts and every reference to it remain valid. Made by accelerate only.
@@ -143,8 +144,8 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Report:
-    """What accelerate did: the modules it took over, those it left alone with reasons, and which blocks take in
-    what stands before them. str() is for reading."""
+    """What accelerate did: the modules it took over, those it left alone with reasons, and what blocks take
+    in of what stands before them. str() is for reading."""
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -163,13 +164,19 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Makes every module in model that computes Coordinate Attention run by this package, in place.
+    """Makes every module in model that computes Coordinate Attention run by this package, in place, together
+    with the BatchNorm2d and the activation right before it.
 
     A module is recognised by its structure (1x1 convolutions C -> m, m -> C, m -> C, at most one
     normalisation, no other parameters) and then has to prove itself: a twin of it with random weights must
     give the outputs, gradients and running statistics of Coordinate Attention in eval and in training mode,
     and the code of its forward must say nothing that could make other inputs an exception. Names do not
     matter. What computes something else, or may, is left alone; so is one whose examination raises.
+
+    A normalisation and an activation are taken in by the block after them, CoordAtt's too, where the module
+    that holds them is a Sequential, or has a forward whose code shows that nobody else sees what they
+    compute. Whatever makes a difference when it is called (a hook, another flag, dtype or child) makes these
+    parts run by themselves.
 
     The objects stay the same and only change their class, to a subclass of their own: parameters, state
     dict, hooks, attributes and references to them are untouched; so are random numbers. model may be a
@@ -244,7 +251,8 @@ def _join(model: nn.Module, report: Report) -> None:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undoes accelerate: every module in model runs its own forward again. Returns the paths of all that it changed.
+    """Undoes accelerate: every module in model runs its own forward again. Returns their paths, those of
+    modules around blocks included.
 
     The modules are the very objects they always were; parameters keep their present values.
     """
@@ -254,7 +262,8 @@ def restore(model: nn.Module) -> list[str]:
     for path, module in walk(model):
         kept = [module.__dict__.pop(name, None) for name in (_ATTRIBUTE, CONTAINER)]
         if isinstance(module, Subclassed) and kept != [None, None]:
-            # A class that a framework made of ours meanwhile stays: without its wiring the original forward runs.
+            # A class that a framework made of ours meanwhile stays: the original forward runs without the
+            # rest.
             if type(module) is module._coordatt_fast_own:
                 object.__setattr__(module, "__class__", module._coordatt_fast_class)
             paths.append(path)

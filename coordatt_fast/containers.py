@@ -1,7 +1,7 @@
-"""What a module of any class does with its children, where that is a fixed sequence of calls, sums and products.
+"""What a module of any class does with its children, where that is a fixed sequence of calls, sums, products.
 
-Its forward is read (code.py) and then run once, on a stand-in for the module and for the map: each child only writes
-down that it was called. Whatever else forward does with the map ends that.
+Its forward is read (code.py) and then run once, on a stand-in for the module and for the map: each child only
+writes down that it was called. Whatever else forward does with the map ends that.
 """
 
 import functools
@@ -29,8 +29,8 @@ _FUNCTIONS = {
 class Step(NamedTuple):
     """One value: a chain of children called on another one, or a function of several.
 
-    names: of the children; or function: a key of _FUNCTIONS. inputs: which values, by their order; the map is 0.
-    last: for each of them, whether nothing reads it later. dim: of "cat".
+    names: of the children; or function: a key of _FUNCTIONS. inputs: which values, by their order, the map is
+    0. last: for each of them, whether nothing reads it later. dim: of "cat".
     """
 
     names: tuple[str, ...]
@@ -43,8 +43,8 @@ class Step(NamedTuple):
 class Steps(NamedTuple):
     """How a module's forward runs its children.
 
-    steps: None for a Sequential, whose children are read at each call. chain: the children's names, where forward
-    calls them one after the other and does nothing else. watch and codes: of what forward read.
+    steps: None for a Sequential, whose children are read at each call. chain: the children's names, where
+    forward calls them one after the other and does nothing else. watch and codes: of what forward read.
     """
 
     steps: tuple[Step, ...] | None = None
@@ -78,7 +78,8 @@ class Steps(NamedTuple):
 
 
 def steps_of(module: nn.Module) -> Steps:
-    """What module's forward does; Different, with the reason, where it cannot be told or is more than Steps say."""
+    """What module's forward does; Different, with the reason, where that cannot be told or is something
+    else."""
     kind, children = type(module), module._modules
     if not is_read(module):
         raise Different(f"{kind.__name__} is torch's own")
@@ -140,7 +141,7 @@ class _Value:
         dim = {"dim": 0} | dict(zip(("dim",), args[1:])) | (kwargs or {})
         known = function in (torch.cat, torch.concat, torch.concatenate) and args and len(args) <= 2
         if not known or list(dim) != ["dim"] or type(dim["dim"]) is not int:
-            raise Different(f"its forward calls {getattr(function, '__name__', function)} in a way of its own")
+            raise Different(f"its forward calls {getattr(function, '__name__', function)}")
         maps = list(args[0])
         if not maps or any(type(value) is not cls for value in maps):
             raise Different("its forward computes with something else than maps")
@@ -167,7 +168,7 @@ class _Recorder:
 
 
 def _recorded(module: nn.Module) -> tuple[list, int]:
-    """The calls of its children and functions that its forward makes, and which of their values it returns."""
+    """The calls of children and functions that its forward makes, and which of their values it returns."""
     recorder = _Recorder()
     stand_in = object.__new__(type(module))
     stand_in.__dict__.update(module.__dict__)

@@ -15,8 +15,8 @@ from coordatt_fast.neighbours import BLOCK, activation_code, is_norm_act, is_seq
 class Neighbours(NamedTuple):
     """What a block takes in.
 
-    path, cls: of the block; norm: the path of the BatchNorm2d before it; activation: the class between them, "" for
-    none.
+    path, cls: of the block; norm: the path of the BatchNorm2d before it; activation: the class of what is
+    between them, "" for nothing.
     """
 
     path: str
@@ -30,8 +30,9 @@ Parts = list[tuple[str, nn.Module | None]]
 
 
 def neighbours_in(module: nn.Module, path: str) -> Found | None:
-    """How to run module so that blocks in it take in what stands before them: its steps, those of children that are
-    chains themselves, and what is taken in. None where nothing is; Different where that cannot be told."""
+    """How to run module so that blocks in it take in what stands before them: its steps, those of children
+    that are chains themselves, and what is taken in. None where nothing is; Different where that cannot be
+    told."""
     if not any(map(_holds_block, module._modules.values())):
         return None
     if is_sequence(type(module)):
@@ -102,7 +103,9 @@ def are_known(children: dict) -> bool:
 def _chain(part) -> tuple[nn.Module, Steps, Parts] | None:
     """The children of a module of the user's own that calls them one after the other and does no more."""
     path, module = part
-    if module is None or hasattr(module, "_coordatt_fast_own") or not is_read(module) or is_norm_act(type(module)):
+    if module is None or not is_read(module) or is_norm_act(type(module)):
+        return None
+    if hasattr(module, "_coordatt_fast_own"):
         return None
     try:
         steps = steps_of(module)

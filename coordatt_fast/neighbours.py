@@ -1,7 +1,7 @@
 """Modules one after the other, where a block takes in the BatchNorm2d and the activation right before it.
 
-Nothing is remembered between calls: whether a normalisation, perhaps an activation, and a block stand in a row, and
-whether the fused operator computes what they do, is read from the modules each time.
+Nothing is remembered between calls: whether a normalisation, perhaps an activation, and a block stand in a
+row, and whether the fused operator computes what they do, is read from the modules each time.
 """
 
 import functools
@@ -18,15 +18,16 @@ from coordatt_fast.module import CoordAtt
 from coordatt_fast.twin import laboratory, noise
 from coordatt_fast.wiring import as_constant
 
-# Where accelerate keeps what it found out about a module: a block; a container of blocks, or a chain of children.
+# Where accelerate keeps what it found out: about a block; about what holds one, or is a chain of children.
 BLOCK, CONTAINER = "_coordatt_fast", "_coordatt_fast_steps"
 
 _PLAIN = frozenset((Tensor, Parameter))
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_HALF = (torch.bfloat16, torch.float16)
 _RELU6 = tuple(reference.ACTIVATIONS).index("relu6")
 # What may stand between the normalisation and the block, and what holds no chain.
-_FOLLOWERS = frozenset((*map(type, plan.MADE.values()), Identity))
-_LEAVES = _FOLLOWERS | {nn.Conv2d, BatchNorm2d, CoordAtt, nn.Dropout, nn.MaxPool2d, nn.Upsample}
+FOLLOWERS = frozenset((*map(type, plan.MADE.values()), Identity))
+_LEAVES = FOLLOWERS | {nn.Conv2d, BatchNorm2d, CoordAtt, nn.Dropout, nn.MaxPool2d, nn.Upsample}
 _sequential, _iterate = Sequential.forward, Sequential.__iter__
 _is_compiling = internals.is_compiling
 _float32 = torch.float32
@@ -48,10 +49,10 @@ def is_plain_call(x) -> bool:
 def run(modules, x):
     """x through the modules, one after the other."""
     waiting: list[Module] = []  # a normalisation and what followed it
-    for module in _flat(modules):
+    for module in flat(modules):
         kind = type(module)
         if waiting:
-            if kind in _FOLLOWERS:
+            if kind in FOLLOWERS:
                 waiting.append(module)
                 continue
             out = _joined(waiting, module, x)
@@ -70,13 +71,13 @@ def run(modules, x):
     return x
 
 
-def _flat(modules):
+def flat(modules):
     """The modules; in place of one that only calls its children, these."""
     for module in modules:
         if type(module) in _LEAVES or (inner := children_in_order(module)) is None:
             yield module
         else:
-            yield from _flat(inner)
+            yield from flat(inner)
 
 
 def children_in_order(module: Module | None) -> list[Module] | None:
@@ -109,37 +110,54 @@ def _observed(module: Module):
 
 
 def _joined(waiting: list[Module], block: Module, x):
-    """The block's output by the operator that computes what is waiting too; None where they run by themselves."""
+    """The block's output by the operator that computes what is waiting too; None where each runs by
+    itself."""
+    found = arguments(waiting, block, x)
+    if found is None:
+        return None
+    try:
+        return ops.norm_attention(x, *found)
+    except RuntimeError:
+        if any(t is not None and (t.numel() != x.shape[1] or t.device != x.device) for t in found[0][:4]):
+            return None  # the normalisation raises
+        plan.check_plain(block._modules if type(block) is CoordAtt else _wiring(block).children(block), x)
+        raise
+
+
+def arguments(waiting: list[Module], block: Module, x) -> tuple | None:
+    """ops.norm_attention's arguments after x; None where what is waiting and the block run by themselves."""
     if type(x) not in _PLAIN or x.dim() != 4 or not x.is_cpu or x.dtype not in _DTYPES:
         return None
     if choice.name not in SERVED_BY_CPU:
         return None
     kind, d = type(block), block.__dict__
-    if kind is not CoordAtt and (BLOCK not in d or getattr(kind, "_coordatt_fast_own", None) is not kind):
-        return None
-    if _observed(block) or (before := _before(waiting, x)) is None:
+    if not is_block(block) or _observed(block) or (before := _before(waiting, x)) is None:
         return None
     if kind is CoordAtt:
         found = plan.arguments(d, x)
     else:
-        record = d[BLOCK]
-        wiring = as_constant(id(record)) if _is_compiling() else record.wiring
-        found = wiring.arguments(block, x, record.wiring.codes)
+        found = _wiring(block).arguments(block, x, d[BLOCK].wiring.codes)
     if type(found) is not tuple:
         return None
-    *arguments, group, out = found
-    weights, tracked, update = arguments[0], arguments[4], arguments[6]
+    weights, norm, activation, skip, tracked, momentum, update, group, out = found
     if group is not None or out is not None:
         return None
-    if update and (before[2] is weights[4] or before[7] is tracked) and before[9]:
+    if update and before[9] and (before[2] is weights[4] or before[7] is tracked):
         return None  # one normalisation in both places moves its statistics twice
-    try:
-        return ops.norm_attention(x, before, *arguments)
-    except RuntimeError:
-        if any(t is not None and (t.numel() != x.shape[1] or t.device != x.device) for t in before[:4]):
-            return None  # the normalisation raises
-        plan.check_plain(d["_modules"] if kind is CoordAtt else wiring.children(block), x)
-        raise
+    return before, weights, norm, activation, skip, tracked, momentum, update
+
+
+def is_block(module: Module) -> bool:
+    """Whether it is a CoordAtt, or was accelerated, and runs no forward but theirs."""
+    kind = type(module)
+    if kind is CoordAtt:
+        return True
+    return BLOCK in module.__dict__ and getattr(kind, "_coordatt_fast_own", None) is kind
+
+
+def _wiring(block: Module):
+    record = block.__dict__[BLOCK]
+    return as_constant(id(record)) if _is_compiling() else record.wiring
 
 
 def _before(waiting: list[Module], x) -> tuple | None:
@@ -152,7 +170,7 @@ def _before(waiting: list[Module], x) -> tuple | None:
     try:
         if type(norm) is not BatchNorm2d:
             inner = [d["_modules"]["drop"], d["_modules"]["act"]]
-            if any(type(module) not in _FOLLOWERS or _observed(module) for module in inner):
+            if any(type(module) not in FOLLOWERS or _observed(module) for module in inner):
                 return None
             followers = inner + followers
         activation = -1
@@ -167,22 +185,19 @@ def _before(waiting: list[Module], x) -> tuple | None:
         update = training and d["track_running_stats"]
     except KeyError:  # a replica of nn.DataParallel, whose parameters are attributes
         return None
-    own = x.dtype
-    other = own if own in (_float32, torch.float64) else _float32
-    dtype = None
+    own, dtype = x.dtype, None
     for tensor in (weight, bias, mean, var):
         if tensor is not None:
-            if type(tensor) not in _PLAIN or tensor.dtype not in (own, other):
-                return None
-            if dtype is not None and tensor.dtype is not dtype:
+            if type(tensor) not in _PLAIN or (tensor.dtype is not dtype and dtype is not None):
                 return None
             dtype = tensor.dtype
+    if dtype is not own and dtype is not None and not (dtype is _float32 and own in _HALF):
+        return None
     if (mean is None) is not (var is None) or not eps > 0:
         return None
     batch = training or mean is None
-    n, _, h, w = x.shape
-    if n * h * w < (2 if batch else 1):
-        return None  # the normalisation raises, or there is nothing to do
+    if x.numel() < 2 * x.shape[1] if batch else x.numel() == 0:
+        return None  # the normalisation raises for one value a channel
     if update:
         if tracked is None:
             if momentum is None:
@@ -206,7 +221,7 @@ def activation_code(module: Module) -> int:
 
 
 def is_norm_act(kind: type) -> bool:
-    """Whether the class is timm's normalisation with an activation, a BatchNorm2d that calls drop and act after it."""
+    """Whether the class is timm's BatchNorm2d that calls its children drop and act after it."""
     if kind.__name__ != "BatchNormAct2d" or not kind.__module__.startswith("timm."):
         return False
     return _is_norm_act(kind, getattr(kind.forward, "__code__", None))
@@ -218,9 +233,9 @@ def _is_norm_act(kind: type, code) -> bool:
     try:
         with laboratory():
             for training, track, momentum in itertools.product((False, True), (False, True), (0.1, None)):
-                made, plain = kind(3, track_running_stats=track, act_layer=nn.SiLU), BatchNorm2d(3, track_running_stats=track)
+                made = kind(3, track_running_stats=track, act_layer=nn.SiLU)
                 results = []
-                for module in (made, plain):
+                for module in (made, BatchNorm2d(3, track_running_stats=track)):
                     generator, module.momentum = torch.Generator().manual_seed(0), momentum
                     for tensor in module.double().train(training).state_dict().values():
                         if tensor.is_floating_point():

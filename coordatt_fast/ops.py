@@ -502,8 +502,8 @@ for _made in {ops.row.namespace: ops for ops in _OPERATORS.values()}.values():
 def norm_attention(x, before, weights, norm, activation, skip, tracked, momentum, update):
     """attention(...) of act(batch_norm(x)), moving the running statistics of both.
 
-    before: the normalisation's weight, bias, running mean and variance (None where absent), eps, NORM_GIVEN or
-    NORM_BATCH, the activation's code (-1: none), tracked, momentum and update.
+    before: the normalisation's weight, bias, running mean and variance (None where absent), eps, NORM_GIVEN
+    or NORM_BATCH, the activation's code (-1: none), tracked, momentum and update.
     """
     weight, bias, mean, var, eps, kind, act, seen, factor, moves = before
     if moves and seen is not None:
