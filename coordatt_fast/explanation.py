@@ -149,11 +149,14 @@ def explain(module: Module, x: Tensor) -> Plan:
 
 def _is_joined(module) -> bool:
     """Whether it was accelerated as a whole: a chain from a normalisation to a block."""
-    if CONTAINER not in getattr(module, "__dict__", {}) or neighbours.children_in_order(module) is None:
+    if CONTAINER not in getattr(module, "__dict__", {}) or not neighbours.is_sequence(type(module)):
         return False
-    first, *rest = neighbours.flat([module])
-    inner = all(type(part) in neighbours.FOLLOWERS for part in rest[:-1])
-    return isinstance(first, BatchNorm2d) and inner and bool(rest) and neighbours.is_block(rest[-1])
+    parts = [*neighbours.flat(module._modules.values())]
+    if not all(isinstance(part, Module) for part in parts) or len(parts) < 2:
+        return False
+    first, *between, last = parts
+    followers = all(type(part) in neighbours.FOLLOWERS for part in between)
+    return isinstance(first, BatchNorm2d) and followers and neighbours.is_block(last)
 
 
 def _explain_joined(module: Module, x: Tensor) -> Plan:
@@ -162,13 +165,16 @@ def _explain_joined(module: Module, x: Tensor) -> Plan:
     plan_of_block = _explain(block, x)
     found = neighbours.arguments(waiting, block, x) if neighbours.is_plain_call(x) else None
     if found is None:
-        return replace(plan_of_block, reason=f"{plan_of_block.reason}; what stands before it runs by itself")
+        reason = f"{plan_of_block.reason}; what stands before it runs by itself"
+        return replace(plan_of_block, reason=reason + _around(module))
     names = " and ".join(type(part).__name__ for part in waiting)
     # The statistics of the batch are one more read of x.
     passes = {"forward": Passes(3 if found[0][5] == NORM_BATCH else 2, 1), "backward": Passes(6, 1)}
     passes = {name: passes[name] for name in plan_of_block.passes}
     moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
-    return replace(plan_of_block, reason=f"the block takes in {names}", passes=passes, bytes=moved)
+    return replace(
+        plan_of_block, reason=f"the block takes in {names}{_around(module)}", passes=passes, bytes=moved
+    )
 
 
 def _explain(module: Module, x: Tensor) -> Plan:

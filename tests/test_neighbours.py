@@ -422,9 +422,10 @@ def fails(model, x):
         (lambda m: setattr(m, "2", CoordAtt(C + 1, C + 1).double()), image(channels=C)),
         (lambda m: m[2].to("meta"), image(channels=C)),
         (lambda m: m[2].float(), image(channels=C)),
+        (lambda m: setattr(m[0], "running_var", m[0].running_var.float()), image(channels=C)),
         (lambda m: m[2].__dict__["_modules"].pop("conv_h"), image(channels=C)),
     ],
-    ids="channels dim dtype features eps weight block device float child".split(),
+    ids="channels dim dtype features eps weight block device float statistics child".split(),
 )
 def test_what_raises(change, x, training):
     """The very same exception."""

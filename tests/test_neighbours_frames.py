@@ -12,6 +12,7 @@ import pytest
 import seeds
 import tolerances
 import torch
+from paper import PaperCoordAtt
 from test_accelerate import spread
 from test_neighbours import HOSTILE, C, agree, fails, image, joined, network, results, same_bits, tail
 from torch import nn
@@ -279,7 +280,9 @@ class Called(nn.Module):
 
     def forward(self, x):
         y = self.once(self.stem(x))
-        return y * self.once(y)
+        z = self.once(y)
+        z *= y
+        return z
 
 
 CONTAINERS = {
@@ -378,6 +381,20 @@ def test_containers_changed(change, calls):
     assert len(calls) == count
 
 
+def test_an_attribute_on_its_class(calls):
+    """What is set on type(module) hides a child, and may be anything."""
+    ours = joined(spread(Inverted().double()))
+    kind, before = type(ours), ours(image())
+    kind.bn2 = nn.Identity()
+    try:
+        calls.clear()
+        assert not torch.allclose(ours(image()), before) and not calls
+    finally:
+        del kind.bn2
+    ours(image())
+    assert calls
+
+
 class OwnClass(nn.Module):
     def __init__(self):
         super().__init__()
@@ -462,6 +479,10 @@ def noisy(self, x):
     return self.block(self.bn(self.conv(x + torch.rand(1))))
 
 
+def by_grad_mode(self, x):
+    return self.block(self.bn(self.conv(x))) if torch.is_grad_enabled() else self.conv(x)
+
+
 def two_inputs(self, x, scale=1.0):
     return self.block(self.bn(self.conv(x)))
 
@@ -491,8 +512,9 @@ LEFT_ALONE = {
     "a counter": left_alone(counts),
     "a child's forward": left_alone(forward_of_a_child),
     "two results": left_alone(several),
-    "a function among its attributes": left_alone(attribute_that_is_a_function, function=lambda x: x * 2),
+    "a function among its attributes": left_alone(attribute_that_is_a_function, function=lambda x: x),
     "random numbers": left_alone(noisy),
+    "the grad mode": left_alone(by_grad_mode),
     "two inputs": left_alone(two_inputs),
     "an input of another name": left_alone(another_name),
     "exceptions": left_alone(caught),
@@ -519,11 +541,17 @@ def test_what_is_written_down():
         (chain, "", (0,), (False,)),
         ((), "add", (1, 0), (True, True)),
     ]
+    assert [step.function for step in steps_of(Bottleneck()).steps] == ["", "", "iadd", ""]
+    assert [step.function for step in steps_of(Called()).steps] == ["", "", "imul"]
     assert steps_of(Conv(3, C)).chain == ("conv", "bn", "act")
     assert steps_of(Inverted()).chain is None
 
 
 # Copies, compilers, exporters ----------------------------------------------------------------------
+
+
+def foreign():
+    return network(block=PaperCoordAtt)
 
 
 def copies(model):
@@ -551,7 +579,12 @@ def test_copies(make, calls):
 
 @pytest.mark.parametrize(
     "make, training, backend",
-    [(network, True, "aot_eager"), (Inverted, False, "eager"), (C3, True, "eager")],
+    [
+        (network, True, "aot_eager"),
+        (foreign, False, "eager"),
+        (Inverted, False, "eager"),
+        (C3, True, "eager"),
+    ],
 )
 def test_compiled(make, training, backend, calls):
     plain = spread(make().double()).train(training)
