@@ -87,7 +87,9 @@ class Joined(Subclassed):
 
 def _forward_of_sequence(self, input):
     if CONTAINER in self.__dict__ and is_plain_call(input) and is_sequence(type(self)):
-        return neighbours.run(self._modules.values(), input)
+        own = self._coordatt_fast_own
+        if len(own.__dict__) == own._coordatt_fast_size:
+            return neighbours.run(self._modules.values(), input)
     return super(Subclassed, self).forward(input)
 
 

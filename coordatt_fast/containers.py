@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from coordatt_fast import internals
 from coordatt_fast.code import Code, Different, code_of, is_read, strange_words
 from coordatt_fast.neighbours import run
 from coordatt_fast.wiring import Watch, watch
@@ -44,11 +45,13 @@ class Steps(NamedTuple):
     """How a module's forward runs its children.
 
     steps: None for a Sequential, whose children are read at each call. chain: the children's names, where
-    forward calls them one after the other and does nothing else. watch and codes: of what forward read.
+    forward calls them one after the other and does nothing else. kind: the class that was read. watch and
+    codes: of what forward read.
     """
 
     steps: tuple[Step, ...] | None = None
     chain: tuple[str, ...] | None = None
+    kind: type | None = None
     watch: Watch | None = None
     codes: tuple[Code, ...] = ()
 
@@ -57,9 +60,9 @@ class Steps(NamedTuple):
         for code in codes:
             if why := code.changed():
                 return why
-        d = module.__dict__
+        d, kind, compiling = module.__dict__, type(module), internals.is_compiling()
         for name, child in d["_modules"].items():
-            if child is None or name in d:
+            if child is None or name in d or not (compiling or getattr(kind, name, None) is None):
                 return f"{name} is None now, or hidden by an attribute"
         return self.watch.changed(module) if self.watch else None
 
@@ -107,7 +110,7 @@ def steps_of(module: nn.Module) -> Steps:
     if any(name in vars(k) for name in children for k in kind.__mro__):
         raise Different("a child has the name of an attribute of its class")
     chain = steps[0].names if len(steps) == 1 and steps[0].names else None
-    return Steps(steps, chain, watched, (code,))
+    return Steps(steps, chain, kind, watched, (code,))
 
 
 class _Value:

@@ -35,10 +35,12 @@ _float32 = torch.float32
 
 def is_sequence(kind: type) -> bool:
     """Whether modules of this class call their children one after the other and do nothing else."""
-    if not issubclass(kind, Sequential):
+    if not issubclass(kind, Sequential) or kind.__iter__ is not _iterate:
         return False
-    kind = getattr(kind, "_coordatt_fast_class", kind)
-    return kind.forward is _sequential and kind.__iter__ is _iterate
+    own = getattr(kind, "_coordatt_fast_own", None)
+    if own is None:
+        return kind.forward is _sequential
+    return kind.forward is own.forward and own._coordatt_fast_class.forward is _sequential
 
 
 def is_plain_call(x) -> bool:
@@ -88,7 +90,9 @@ def children_in_order(module: Module | None) -> list[Module] | None:
     record = d.get(CONTAINER)
     if record is not None and record.wiring.steps is not None:
         steps = as_constant(id(record)) if _is_compiling() else record.wiring
-        if steps.chain is None or steps.changed(module, record.wiring.codes):
+        if steps.chain is None or type(module) is not steps.kind:
+            return None
+        if steps.changed(module, record.wiring.codes):
             return None
         return [d["_modules"][name] for name in steps.chain]
     return list(d["_modules"].values()) if is_sequence(type(module)) else None

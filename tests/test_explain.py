@@ -238,7 +238,7 @@ def test_takes_this_packages_modules(what):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_block_and_what_it_takes_in(training, calls, cpu):
-    """The passes of docs/how-it-works.md; where a part runs by itself, the block's own plan."""
+    """x is read twice and, under batch statistics, once more; where a part runs by itself: the block's own plan."""
     d = data(CASE)
     block = build(CoordAtt, CASE, d.params).train(training)
     model = nn.Sequential(nn.BatchNorm2d(12).train(training), nn.ReLU6(), block)

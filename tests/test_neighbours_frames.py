@@ -47,6 +47,11 @@ class Conv(nn.Module):
         return self.act(self.conv(x))
 
 
+class LouderConv(Conv):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
 def block():
     return CoordAtt(C, C)
 
@@ -341,6 +346,7 @@ CHANGES = {
     ),
     "hook on a chain": ("C3", lambda m: m.cv3.register_forward_hook(lambda _, args, out: 2 * out), 0),
     "hook in a chain": ("C3", lambda m: m.cv3.bn.register_forward_hook(lambda _, args, out: 2 * out), 0),
+    "a chain of another class": ("C3", lambda m: setattr(m.cv3, "__class__", LouderConv), 0),
     "a fused chain": (
         "C3",
         lambda m: [setattr(m.cv3, "forward", m.cv3.forward_fuse), delattr(m.cv3, "bn")],
@@ -677,6 +683,36 @@ def test_a_framework_subclasses_it():
     ours.__class__ = type("Framework", (type(ours),), {})
     assert torch.equal(ours(image()), expected)
     assert restore(ours) == [""] and torch.allclose(ours(image()), expected)
+
+
+@pytest.mark.parametrize("name", ["forward", "__iter__"])
+def test_a_framework_subclasses_what_is_inside(name, calls):
+    """With a forward or an order of its own around ours: it is called, and not looked into."""
+    inner = joined(spread(tail().double()))
+    kind, x = type(inner), image(channels=C)
+    outer = joined(nn.Sequential(inner, nn.BatchNorm2d(C), block()).double().eval())
+    values = {
+        "forward": lambda self, input: kind.forward(self, input) * 2,
+        "__iter__": lambda self: reversed(self._modules.values()),
+    }
+    inner.__class__ = type("Framework", (kind,), {name: values[name]})
+    expected = outer[2](outer[1](inner(x)))
+    calls.clear()
+    assert torch.allclose(outer(x), expected)
+    assert len(calls) == 1
+
+
+def test_an_attribute_of_the_class_that_was_read(calls):
+    """Set later, it hides a child from forward."""
+
+    class Read(Inverted):
+        pass
+
+    ours = joined(spread(Read().double()))
+    before = ours(image())
+    assert len(calls) == 1
+    Read.bn2 = nn.Identity()
+    assert not torch.allclose(ours(image()), before) and len(calls) == 1
 
 
 def test_nothing_is_run_or_written():
