@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from coordatt_fast import ops, plan
+from coordatt_fast import neighbours, ops, plan
+from coordatt_fast.found import Neighbours, are_known, neighbours_in
 from coordatt_fast.module import CoordAtt, Scriptable
+from coordatt_fast.neighbours import BLOCK as _ATTRIBUTE
+from coordatt_fast.neighbours import CONTAINER, is_plain_call, is_sequence
 from coordatt_fast.recognise import is_suspect, recognise
 from coordatt_fast.wiring import Wiring, as_constant, kept, walk
 
 log = logging.getLogger(__name__)
 
-_ATTRIBUTE = "_coordatt_fast"
 
-
-class Accelerated(nn.Module):
-    """What accelerate makes of a module: a subclass of the module's own class, with this forward before it.
+class Subclassed(nn.Module):
+    """What accelerate makes of a module: a subclass of the module's own class, with another forward before
+    it.
 
     The object, its children, parameters, attributes and hooks stay what they are, so that optimizers, state
     dicts and every reference to it remain valid. Made by accelerate only.
@@ -28,6 +30,10 @@ class Accelerated(nn.Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         """Ends here: what a class of the user's does with its subclasses is not meant for these."""
+
+
+class Accelerated(Subclassed):
+    """A block that computes Coordinate Attention."""
 
     def forward(self, x):
         kept = self.__dict__.get(_ATTRIBUTE)
@@ -53,32 +59,68 @@ class Accelerated(nn.Module):
         return Scriptable(wiring.children(self), wiring.skip, self.training)
 
 
+class Joined(Subclassed):
+    """A module that holds a block, and right before it a normalisation that the block takes in."""
+
+    def __new__(cls, *args, **kwargs):
+        """A module of the class itself: parts of a Sequential are made so."""
+        return cls._coordatt_fast_class(*args, **kwargs)
+
+    def forward(self, x):
+        kept = self.__dict__.get(CONTAINER)
+        if kept is not None and is_plain_call(x):
+            steps = as_constant(id(kept)) if plan.is_compiling() else kept.wiring
+            own = self._coordatt_fast_own
+            if len(own.__dict__) == own._coordatt_fast_size and not steps.changed(self, kept.wiring.codes):
+                return steps.run(self, x)
+        return super().forward(x)
+
+    def __reduce_ex__(self, protocol):
+        return _blank, (self._coordatt_fast_class, Joined), self.__getstate__()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        plain = object.__new__(self._coordatt_fast_class)
+        plain.__dict__.update(self.__dict__, _modules=dict(self._modules))
+        del plain.__dict__[CONTAINER]
+        return plain
+
+
+def _forward_of_sequence(self, input):
+    if CONTAINER in self.__dict__ and is_plain_call(input) and is_sequence(type(self)):
+        own = self._coordatt_fast_own
+        if len(own.__dict__) == own._coordatt_fast_size:
+            return neighbours.run(self._modules.values(), input)
+    return super(Subclassed, self).forward(input)
+
+
 def _forward_of_any(self, *args, **kwargs):
     """For classes whose forward has optional inputs or another name for x."""
     if len(args) == 1 and not kwargs:
-        return Accelerated.forward(self, args[0])
+        return self._coordatt_fast_base.forward(self, args[0])
     return self._coordatt_fast_class.forward(self, *args, **kwargs)
 
 
 @functools.cache
-def _subclass(cls: Any) -> Any:
+def _subclass(cls: Any, base: Any) -> Any:
     # The original class by name: its place in the order varies where a framework subclasses this one.
-    namespace: dict[str, Any] = {"__module__": __name__, "__doc__": Accelerated.__doc__}
-    namespace["_coordatt_fast_class"] = cls
+    namespace: dict[str, Any] = {"__module__": __name__, "__doc__": base.__doc__}
+    namespace |= {"_coordatt_fast_class": cls, "_coordatt_fast_base": base}
     # A plain signature where there is one: torch.fx and exporters take their inputs' names from it.
-    if list(inspect.signature(cls.forward).parameters)[1:] != ["x"]:
+    if base is Joined and is_sequence(cls):
+        namespace["forward"] = _forward_of_sequence
+    elif list(inspect.signature(cls.forward).parameters)[1:] != ["x"]:
         namespace["forward"] = _forward_of_any
     # Without what a metaclass of the user's does to new classes, registries for instance.
-    made = type.__new__(type(cls), f"Accelerated{cls.__name__}", (Accelerated, cls), namespace)
+    made = type.__new__(type(cls), f"Accelerated{cls.__name__}", (base, cls), namespace)
     # What is set on type(module) later hides what the original class has: wiring.py counts the names.
     made._coordatt_fast_own = made
     made._coordatt_fast_size = len(made.__dict__) + 1
     return made
 
 
-def _blank(cls: type) -> nn.Module:
-    """An accelerated module of class cls without its state, for copies and pickles."""
-    return object.__new__(_subclass(cls))
+def _blank(cls: type, base: type = Accelerated) -> nn.Module:
+    """A module of the class that accelerate made of cls, without its state, for copies and pickles."""
+    return object.__new__(_subclass(cls, base))
 
 
 class Replaced(NamedTuple):
@@ -104,11 +146,12 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Report:
-    """What accelerate did: the modules it took over, and those it left alone with reasons. str() is for
-    reading."""
+    """What accelerate did: the modules it took over, those it left alone with reasons, and what blocks take
+    in of what stands before them. str() is for reading."""
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    neighbours: list[Neighbours] = field(default_factory=list)
 
     def __str__(self) -> str:
         count = len(self.replaced)
@@ -117,17 +160,25 @@ class Report:
             lines.append(f"  {path or '(the model)'}  {cls}: {tier}{', ' if differs else ''}{differs}")
         for path, cls, reason in self.skipped:
             lines.append(f"  {path or '(the model)'}  {cls}: left alone, {reason}")
+        for path, cls, norm, activation in self.neighbours:
+            lines.append(f"  {path}  {cls}: takes in {norm}{' and ' if activation else ''}{activation}")
         return "\n".join(lines)
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Makes every module in model that computes Coordinate Attention run by this package, in place.
+    """Makes every module in model that computes Coordinate Attention run by this package, in place, together
+    with the BatchNorm2d and the activation right before it.
 
     A module is recognised by its structure (1x1 convolutions C -> m, m -> C, m -> C, at most one
     normalisation, no other parameters) and then has to prove itself: a twin of it with random weights must
     give the outputs, gradients and running statistics of Coordinate Attention in eval and in training mode,
     and the code of its forward must say nothing that could make other inputs an exception. Names do not
     matter. What computes something else, or may, is left alone; so is one whose examination raises.
+
+    A normalisation and an activation are taken in by the block after them, CoordAtt's too, where the module
+    that holds them is a Sequential, or has a forward whose code shows that nobody else sees what they
+    compute. Whatever makes a difference when it is called (a hook, another flag, dtype or child) makes these
+    parts run by themselves.
 
     The objects stay the same and only change their class, to a subclass of their own: parameters, state
     dict, hooks, attributes and references to them are untouched; so are random numbers. model may be a
@@ -170,6 +221,7 @@ def accelerate(model: nn.Module) -> Report:
                 left.add(id(module))
     report.replaced.reverse()
     report.skipped.reverse()
+    _join(model, report)
     log.info("coordatt_fast: %s", report)
     if not report.replaced and not already:
         warnings.warn(f"accelerate found nothing to accelerate: {report}", stacklevel=2)
@@ -177,13 +229,32 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def _take_over(module: nn.Module, wiring: Wiring) -> None:
-    cls = _subclass(type(module))  # type: ignore[arg-type]  # mypy: Module.__hash__
+    cls = _subclass(type(module), Accelerated)  # type: ignore[arg-type]  # mypy: Module.__hash__
     object.__setattr__(module, "__class__", cls)
     module.__dict__[_ATTRIBUTE] = kept(wiring)
 
 
+def _join(model: nn.Module, report: Report) -> None:
+    """Lets the blocks take in the normalisations before them, in every module that holds both."""
+    for path, module in reversed(walk(model)):
+        try:
+            found = None if isinstance(module, Subclassed) else neighbours_in(module, path)
+        except Exception as reason:  # also what a class's own code raises: then it is left alone
+            log.debug("coordatt_fast: %s: %s", path, reason)
+            continue
+        if found is not None:
+            steps, chains, rows = found
+            for chain, inner in chains:
+                chain.__dict__[CONTAINER] = kept(inner)
+            object.__setattr__(module, "__class__", _subclass(type(module), Joined))
+            module.__dict__[CONTAINER] = kept(steps)
+            report.neighbours += reversed(rows)
+    report.neighbours.reverse()
+
+
 def restore(model: nn.Module) -> list[str]:
-    """Undoes accelerate: every module in model runs its own forward again. Returns their paths.
+    """Undoes accelerate: every module in model runs its own forward again. Returns their paths, those of
+    modules around blocks included.
 
     The modules are the very objects they always were; parameters keep their present values.
     """
@@ -191,9 +262,11 @@ def restore(model: nn.Module) -> list[str]:
         raise TypeError(f"restore takes an nn.Module, got a {type(model).__name__}")
     paths = []
     for path, module in walk(model):
-        if isinstance(module, Accelerated) and module.__dict__.pop(_ATTRIBUTE, None) is not None:
-            # A class that a framework made of ours meanwhile stays: without wiring the original forward runs.
-            if type(module) is _subclass(module._coordatt_fast_class):
+        kept = [module.__dict__.pop(name, None) for name in (_ATTRIBUTE, CONTAINER)]
+        if isinstance(module, Subclassed) and kept != [None, None]:
+            # A class that a framework made of ours meanwhile stays: the original forward runs without the
+            # rest.
+            if type(module) is module._coordatt_fast_own:
                 object.__setattr__(module, "__class__", module._coordatt_fast_class)
             paths.append(path)
     return paths
@@ -204,11 +277,6 @@ def _describe(module: nn.Module, wiring: Wiring) -> tuple[str, str]:
     children = wiring.children(module)
     convolutions = [children[name] for name in ("conv1", "conv_h", "conv_w")]
     bn1, act = children["bn1"], children["act"]
-    fused = (
-        all(type(conv) is nn.Conv2d for conv in convolutions)
-        and type(bn1) in (*plan.BATCH_NORMS, nn.Identity)
-        and plan.activation_code(act) is not None
-    )
     differs = []
     if wiring.activation != "hard_swish":
         name = wiring.activation or (type(act).__name__ if wiring.act else "no activation")
@@ -229,4 +297,4 @@ def _describe(module: nn.Module, wiring: Wiring) -> tuple[str, str]:
         path = getattr(wiring, name)
         if path is not None and path != (name,):
             differs.append(f"{name} is {'.'.join(path)}")
-    return plan.FUSED if fused else plan.HYBRID, ", ".join(differs)
+    return plan.FUSED if are_known(children) else plan.HYBRID, ", ".join(differs)

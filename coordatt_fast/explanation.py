@@ -1,16 +1,17 @@
 """explain(module, x): how a call runs, which passes it makes, and why."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Conv2d, Module
+from torch.nn import BatchNorm2d, Conv2d, Module
 from torch.nn.utils import parametrize
 
-from coordatt_fast import checks, internals, ops, plan
+from coordatt_fast import checks, internals, neighbours, ops, plan
 from coordatt_fast.codes import NEEDS_PARAMETERS, NEEDS_X, NORM_BATCH
+from coordatt_fast.neighbours import CONTAINER
 from coordatt_fast.plan import FUSED, HYBRID, ORIGINAL, REFERENCE, Detour
 
 
@@ -134,9 +135,10 @@ def _refuse(children: dict, x: Tensor, found: tuple | Detour, checked: bool) -> 
 def explain(module: Module, x: Tensor) -> Plan:
     """How module(x) would run now: in this grad mode, under this autocast and use_backend. Computes nothing.
 
-    module is a CoordAtt or was accelerated (TypeError otherwise). Raises what the call itself would raise
-    before computing, and for an x that its first convolution does not take. Hooks are not run, and what an
-    accelerated module's own forward raises (tier "original") is not foreseen.
+    module is a CoordAtt or was accelerated (TypeError otherwise), or an accelerated Sequential of nothing but
+    a block and what it takes in. Raises what the call itself would raise before computing, and for an x that
+    its first convolution does not take. Hooks are not run, and what an accelerated module's own forward
+    raises (tier "original") is not foreseen.
     """
     if isinstance(module, Module) and any(map(parametrize.is_parametrized, module.modules())):
         # Looking at a parametrized weight computes it, which may draw random numbers and change buffers.
@@ -145,7 +147,39 @@ def explain(module: Module, x: Tensor) -> Plan:
     return _explain(module, x)
 
 
+def _is_joined(module) -> bool:
+    """Whether it was accelerated as a whole: a chain from a normalisation to a block."""
+    if CONTAINER not in getattr(module, "__dict__", {}) or not neighbours.is_sequence(type(module)):
+        return False
+    parts = [*neighbours.flat(module._modules.values())]
+    if not all(isinstance(part, Module) for part in parts) or len(parts) < 2:
+        return False
+    first, *between, last = parts
+    followers = all(type(part) in neighbours.FOLLOWERS for part in between)
+    return isinstance(first, BatchNorm2d) and followers and neighbours.is_block(last)
+
+
+def _explain_joined(module: Module, x: Tensor) -> Plan:
+    """Of a normalisation, perhaps an activation, and a block."""
+    *waiting, block = neighbours.flat(module._modules.values())
+    plan_of_block = _explain(block, x)
+    found = neighbours.arguments(waiting, block, x) if neighbours.is_plain_call(x) else None
+    if found is None:
+        reason = f"{plan_of_block.reason}; what stands before it runs by itself"
+        return replace(plan_of_block, reason=reason + _around(module))
+    names = " and ".join(type(part).__name__ for part in waiting)
+    # The statistics of the batch are one more read of x.
+    passes = {"forward": Passes(3 if found[0][5] == NORM_BATCH else 2, 1), "backward": Passes(6, 1)}
+    passes = {name: passes[name] for name in plan_of_block.passes}
+    moved = sum(p.reads + p.writes for p in passes.values()) * x.numel() * x.element_size()
+    return replace(
+        plan_of_block, reason=f"the block takes in {names}{_around(module)}", passes=passes, bytes=moved
+    )
+
+
 def _explain(module: Module, x: Tensor) -> Plan:
+    if _is_joined(module):
+        return _explain_joined(module, x)
     kept = getattr(module, "__dict__", {}).get("_coordatt_fast")
     accelerated = None if kept is None else kept.wiring
     found: Any

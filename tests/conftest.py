@@ -89,6 +89,21 @@ def backend(request):
 
 
 @pytest.fixture
+def calls(monkeypatch):
+    """Of the operator for a normalisation, an activation and a block: the arguments of each."""
+    from coordatt_fast import ops
+
+    made, operator = [], ops.norm_attention
+
+    def counted(*args):
+        made.append(args)
+        return operator(*args)
+
+    monkeypatch.setattr(ops, "norm_attention", counted)
+    return made
+
+
+@pytest.fixture
 def simd(request, cpu):
     start = torch.ops.coordatt_fast.simd_level()
     torch.ops.coordatt_fast.set_simd_level(request.param)

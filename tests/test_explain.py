@@ -234,3 +234,34 @@ def test_takes_this_packages_modules(what):
         TypeError, match="explain takes a coordatt_fast.CoordAtt or an accelerated module, got a "
     ):
         explain(what, torch.zeros(1, 8, 3, 3))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_and_what_it_takes_in(training, calls, cpu):
+    """x is read twice and, under batch statistics, once more; where a part runs by itself: the block's own plan."""
+    d = data(CASE)
+    block = build(CoordAtt, CASE, d.params).train(training)
+    model = nn.Sequential(nn.BatchNorm2d(12).train(training), nn.ReLU6(), block)
+    with pytest.raises(TypeError, match=r"got a torch\.nn\.modules\.container\.Sequential"):
+        explain(model, d.x)
+    accelerate(model)
+    plan = explain(model, d.x)
+    forward = 4 if training else 3
+    assert (plan.tier, plan.backend, plan.reason) == ("fused", "cpu", "the block takes in BatchNorm2d and ReLU6")
+    assert [sum(passes) for passes in plan.passes.values()] == [forward, 7]
+    assert plan.bytes == (forward + 7) * d.x.numel() * 4 and not calls
+    with torch.no_grad():
+        for p in model.parameters():
+            p.requires_grad_(False)
+        assert list(explain(model, d.x).passes) == ["forward"]
+        model(d.x)
+    assert len(calls) == 1
+    model.register_forward_hook(lambda module, args, out: out)
+    assert explain(model, d.x).reason.endswith("; its forward hooks may return something else")
+    model[1].register_forward_hook(lambda module, args, out: 2 * out)
+    plan = explain(model, d.x)
+    assert plan.tier == "fused" and "; what stands before it runs by itself" in plan.reason
+    model(d.x)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="expected four dimensions"):
+        explain(model, d.x[0])

@@ -115,8 +115,9 @@ def test_replaces_the_blocks_and_nothing_else(name, pair):
     network, (theirs, ours, report) = NETWORKS[name], pair(name)
     expected = [(path, network.cls, "fused", network.differs) for path in network.paths]
     assert [tuple(row) for row in report.replaced] == expected and not report.skipped
+    assert [(row.path, row.norm, row.activation) for row in report.neighbours] == network.neighbours
     changed = [n for n, m in ours.named_modules() if type(m) is not type(theirs.get_submodule(n))]
-    assert changed == network.paths
+    assert changed == network.changed
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
@@ -251,6 +252,43 @@ def test_trains_side_by_side(name, pair):
         assert gap <= PART, (key, gap)
 
 
+def test_takes_in_what_timm_has_before_it(pair, calls, cpu):
+    """Its normalisation with an activation, in float64; whatever else is in there makes each part run by itself."""
+    network, (theirs, ours, _) = NETWORKS["timm efficientnet_b0"], pair("timm efficientnet_b0", torch.float64)
+    block = theirs.blocks[2][0], ours.blocks[2][0]
+    x = torch.randn(2, block[0].conv_pw.in_channels, 6, 5, dtype=torch.float64)
+    changes = [
+        (lambda m: None, 1),
+        (lambda m: m.bn2.eval(), 1),
+        (lambda m: setattr(m.bn2, "act", nn.ReLU()), 1),
+        (lambda m: setattr(m.bn2, "act", nn.Identity()), 1),
+        (lambda m: setattr(m.bn2, "act", nn.GELU()), 0),
+        (lambda m: setattr(m.bn2, "act", nn.SiLU()), 1),
+        (lambda m: setattr(m.bn2, "drop", nn.Tanh()), 0),
+        (lambda m: setattr(m.bn2, "drop", nn.Identity()), 1),
+        (lambda m: m.bn2.act.register_forward_hook(lambda _, args, out: out * 2), 0),
+    ]
+    for training in (True, False):
+        for change, count in changes if training else changes[:1]:
+            for module in block:
+                module.train(training)
+                change(module)
+            same_formulas(results(network, block[1], x, training), results(network, block[0], x, training))
+            assert len(calls) == (count if training else 0)
+            calls.clear()
+
+
+def test_timms_normalisation_of_another_version(monkeypatch, pair, calls):
+    """One that does something else is not taken in."""
+    from timm.layers import BatchNormAct2d
+
+    forward = BatchNormAct2d.forward
+    monkeypatch.setattr(BatchNormAct2d, "forward", lambda self, x: forward(self, x) * 2)
+    _, (_, ours, _) = NETWORKS["timm efficientnet_b0"], pair("timm efficientnet_b0")
+    ours.eval()(torch.zeros(1, 3, 64, 64))
+    assert not calls
+
+
 # What users do with it -----------------------------------------------------------------------------
 
 
@@ -278,7 +316,7 @@ def test_checkpoints_both_ways(name, pair):
 def test_restored(name, pair):
     network, (theirs, ours, _) = NETWORKS[name], pair(name)
     images = network.batch(torch.float32)["img"]
-    assert restore(ours) == network.paths
+    assert restore(ours) == network.changed
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
     with torch.no_grad():
         expected, found = (network.outputs(m.eval(), images) for m in (theirs, ours))
@@ -345,7 +383,7 @@ def test_timms_moving_average(pair):
         for p in ours.parameters():
             p.mul_(3.0)
     average.update(ours)
-    assert len(restore(average.module)) == len(network.paths)
+    assert restore(average.module) == network.changed
     for key, value in average.module.state_dict().items():
         if key.endswith("conv_h.weight"):
             assert torch.allclose(value, 2 * before[key])

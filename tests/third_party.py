@@ -34,8 +34,17 @@ class Network:
 
     classes = 5
 
-    def __init__(self, make, paths, cls, differs):
+    def __init__(self, make, paths, cls, differs, takes_in=None):
         self.make, self.paths, self.cls, self.differs = make, paths, cls, differs
+        # Of each block: its path, the normalisation before it, the activation between.
+        self.neighbours = [(path, *takes_in(path)) for path in paths] if takes_in else []
+
+    @property
+    def changed(self):
+        """The paths of all modules whose class changes: the blocks, and what holds them and is read."""
+        if not self.neighbours:
+            return self.paths
+        return [changed for path in self.paths for changed in (path.rpartition(".")[0], path)]
 
     def build(self, dtype=torch.float32):
         """The network, seeded, with normalisations that are not at their start."""
@@ -97,18 +106,29 @@ def _resnet_paths():
     return [f"layer{i + 1}.{j}.se" for i, depth in enumerate((3, 4, 6, 3)) for j in range(depth)]
 
 
+def _in_efficientnet(path):
+    around = path.rpartition(".")[0]
+    return f"{around}.{'bn1' if around == 'blocks.0.0' else 'bn2'}", "SiLU"
+
+
+def _in_resnet(path):
+    return f"{path.rpartition('.')[0]}.bn3", ""
+
+
 NETWORKS = {
     "timm efficientnet_b0": Network(
         lambda: timm_network("efficientnet_b0", Network.classes),
         _efficientnet_paths(),
         "CoordAttn",
         "silu, no bias",
+        _in_efficientnet,
     ),
     "timm resnet50": Network(
         lambda: timm_network("resnet50", Network.classes),
         _resnet_paths(),
         "CoordAttn",
         "no bias",
+        _in_resnet,
     ),
     "ultralytics yolov8n": Detector(
         yolov8n, ["model.9.1", "model.22", "model.23", "model.24"], "CoordAtt", ""
