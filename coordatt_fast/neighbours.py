@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Identity, Module, Parameter, ReLU6, Sequential
 
-from coordatt_fast import internals, ops, plan, reference
+from coordatt_fast import before as stacked
+from coordatt_fast import internals, plan, reference
 from coordatt_fast.backends import SERVED_BY_CPU, choice
 from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN
 from coordatt_fast.module import CoordAtt
@@ -120,7 +121,7 @@ def _joined(waiting: list[Module], block: Module, x):
     if found is None:
         return None
     try:
-        return ops.norm_attention(x, *found)
+        return stacked.attention(x, *found)
     except RuntimeError:
         if any(t is not None and (t.numel() != x.shape[1] or t.device != x.device) for t in found[0][:4]):
             return None  # the normalisation raises
@@ -129,7 +130,7 @@ def _joined(waiting: list[Module], block: Module, x):
 
 
 def arguments(waiting: list[Module], block: Module, x) -> tuple | None:
-    """ops.norm_attention's arguments after x; None where what is waiting and the block run by themselves."""
+    """before.attention's arguments after x; None where what is waiting and the block run by themselves."""
     if type(x) not in _PLAIN or x.dim() != 4 or not x.is_cpu or x.dtype not in _DTYPES:
         return None
     if choice.name not in SERVED_BY_CPU:
@@ -165,7 +166,7 @@ def _wiring(block: Module):
 
 
 def _before(waiting: list[Module], x) -> tuple | None:
-    """ops.norm_attention's before; None where these modules compute something else or are looked at."""
+    """before.attention's before; None where these modules compute something else or are looked at."""
     for module in waiting:
         if _observed(module):
             return None

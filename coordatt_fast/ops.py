@@ -508,21 +508,3 @@ def _register(ops: _Operators) -> None:
 # Once a namespace: the compiled library's backends have the same operators.
 for _made in {ops.row.namespace: ops for ops in _OPERATORS.values()}.values():
     _register(_made)
-
-
-def norm_attention(x, before, weights, norm, activation, skip, tracked, momentum, update):
-    """attention(...) of act(batch_norm(x)), moving the running statistics of both.
-
-    before: the normalisation's weight, bias, running mean and variance (None where absent), eps, NORM_GIVEN
-    or NORM_BATCH, the activation's code (-1: none), tracked, momentum and update.
-    """
-    weight, bias, mean, var, eps, kind, act, seen, factor, moves = before
-    if moves and seen is not None:
-        seen.add_(1)
-        factor = 1 / float(seen) if factor is None else factor
-    training = kind == NORM_BATCH
-    statistics = (mean, var) if moves or not training else (None, None)
-    y = torch.nn.functional.batch_norm(x, *statistics, weight, bias, training, factor or 0.0, eps)
-    if act >= 0:
-        y = reference.ACTIVATIONS[_NAMES[act]].function(y)
-    return attention(y, weights, norm, activation, skip, tracked, momentum, update, None, None)

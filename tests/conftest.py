@@ -91,15 +91,17 @@ def backend(request):
 @pytest.fixture
 def calls(monkeypatch):
     """Of the operator for a normalisation, an activation and a block: the arguments of each."""
-    from coordatt_fast import ops
+    from coordatt_fast import backends, before
 
-    made, operator = [], ops.norm_attention
+    if not backends()["cpu"].available:
+        pytest.skip(backends()["cpu"].reason)
+    made, operator = [], before.attention
 
     def counted(*args):
         made.append(args)
         return operator(*args)
 
-    monkeypatch.setattr(ops, "norm_attention", counted)
+    monkeypatch.setattr(before, "attention", counted)
     return made
 
 

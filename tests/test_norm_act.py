@@ -8,23 +8,8 @@ import tolerances
 import torch
 from harness import FLOATS, LAYOUTS
 
-from coordatt_fast import NormAct, backends, before, coord_att, use_backend
+from coordatt_fast import NormAct, coord_att, use_backend
 from coordatt_fast.reference import ACTIVATIONS
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the fused operators ran."""
-    if not backends()["cpu"].available:
-        pytest.skip(backends()["cpu"].reason)
-    made, run = [], before.attention
-
-    def attention(*args):
-        made.append(args)
-        return run(*args)
-
-    monkeypatch.setattr(before, "attention", attention)
-    return made
 
 
 def draw(dtype=torch.float64, layout="nchw", shape=(2, 11, 5, 6), mid=8, seed=0):
