@@ -147,8 +147,8 @@ def arguments(waiting: list[Module], block: Module, x) -> tuple | None:
     weights, norm, activation, skip, tracked, momentum, update, group, out = found
     if group is not None or out is not None:
         return None
-    if update and before[9] and (before[2] is weights[4] or before[7] is tracked):
-        return None  # one normalisation in both places moves its statistics twice
+    if (update or before[9]) and (before[2] is weights[4] or before[3] is weights[5] or before[7] is tracked):
+        return None  # one normalisation in both places reads or moves what it has moved
     return before, weights, norm, activation, skip, tracked, momentum, update
 
 

@@ -272,6 +272,13 @@ def same_norm(m):
     m[3].bn1 = m[1]
 
 
+def same_statistics(m):
+    """Which the normalisation moves in training, and the block's reads."""
+    m[3] = spread(CoordAtt(C, C, mid_channels=C).double())
+    m[3].bn1.running_mean = m[1].running_mean
+    m[3].bn1.eval().train = lambda mode=True: m[3].bn1
+
+
 class Tagged(torch.Tensor):
     pass
 
@@ -311,12 +318,17 @@ HOSTILE = {
     "the block's activation": lambda m: setattr(m[3], "act", nn.Tanh()),
     "the block's normalisation": lambda m: setattr(m[3], "bn1", spread(nn.GroupNorm(2, 8).double())),
     "one normalisation in two places": same_norm,
+    "one running mean in two places": same_statistics,
     "weights of the normalisation parametrised": lambda m: parametrizations.weight_norm(m[1], dim=0),
     "weights of the normalisation pruned": lambda m: prune.random_unstructured(m[1], "weight", 3),
     "statistics of a class of their own": tagged,
     "statistics of another dtype": float_statistics,
 }
-ONLY_IN_TRAINING = ("one normalisation in two places", "statistics of another dtype")
+ONLY_IN_TRAINING = (
+    "one normalisation in two places",
+    "one running mean in two places",
+    "statistics of another dtype",
+)
 
 
 @pytest.mark.parametrize("change", HOSTILE)
