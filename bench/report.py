@@ -17,8 +17,9 @@ MobileNetV2-1.0, random weights, on crops of {count} real photographs ({names}).
 Attention follows the depthwise convolution of the 16 blocks that expand, as in the authors' network.
 """
 NETWORK_LEGEND = """
-In brackets: time added over the network without attention. 'with neighbours': after accelerate, by which
-the blocks take in the normalisation and activation before them. Training is forward, loss and backward. 'ours - plain' above is the largest absolute difference; the errors are norms relative to the
+In brackets: time added over the network without attention. 'with neighbours': after accelerate, by
+which the blocks take in the normalisation and activation before them. Training is forward, loss and
+backward. 'ours - plain' above is the largest absolute difference; the errors are norms relative to the
 truth's, plain PyTorch's the largest over 8 copies of the photographs that differ by one rounding.
 """
 BLOCKS_INTRODUCTION = """
