@@ -79,7 +79,8 @@ class Joined(Subclassed):
         return _blank, (self._coordatt_fast_class, Joined), self.__getstate__()
 
     def __prepare_scriptable__(self) -> nn.Module:
-        plain = object.__new__(self._coordatt_fast_class)
+        cls: Any = self._coordatt_fast_class
+        plain = object.__new__(cls)
         plain.__dict__.update(self.__dict__, _modules=dict(self._modules))
         del plain.__dict__[CONTAINER]
         return plain
@@ -246,7 +247,8 @@ def _join(model: nn.Module, report: Report) -> None:
             steps, chains, rows = found
             for chain, inner in chains:
                 chain.__dict__[CONTAINER] = kept(inner)
-            object.__setattr__(module, "__class__", _subclass(type(module), Joined))
+            cls: Any = type(module)
+            object.__setattr__(module, "__class__", _subclass(cls, Joined))
             module.__dict__[CONTAINER] = kept(steps)
             report.neighbours += reversed(rows)
     report.neighbours.reverse()

@@ -1,7 +1,7 @@
 """Which of a foreign module's children play which part, and how it runs by them."""
 
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -198,13 +198,14 @@ class Wiring(NamedTuple):
 
 
 class Kept:
-    """What accelerate leaves on a module: its wiring, the same object on all modules that are wired alike.
+    """What accelerate leaves on a module: its wiring (or its steps, containers.py), the same object on all
+    modules that are wired alike.
 
     Compiled code is guarded by which object it is, and takes what it says for constants; modules that are
     compiled one by one share their code.
     """
 
-    def __init__(self, wiring: Wiring) -> None:
+    def __init__(self, wiring: Any) -> None:
         self.wiring = wiring
         _KEPT[id(self)] = self
 
@@ -218,11 +219,11 @@ class Kept:
 _KEPT = weakref.WeakValueDictionary()
 
 
-def kept(wiring: Wiring) -> Kept:
+def kept(wiring: Any) -> Kept:
     return next((known for known in list(_KEPT.values()) if known.wiring == wiring), None) or Kept(wiring)
 
 
-def as_constant(which: int) -> Wiring:
+def as_constant(which: int) -> Any:
     """For compiled code; without its codes, which change by themselves."""
     return _KEPT[which].wiring._replace(codes=())
 
