@@ -143,6 +143,21 @@ def test_expanded_gradient(expanded, layout, norm):
         tolerances.assert_same_bits(got[name], expected[name], name)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("relayout", [*RELAYOUTS, *EXPANDED])
+def test_layout_of_a_gates_gradient(relayout, layout):
+    """In the hybrid tier, where the gate is an operator of its own."""
+    d = data(Case(SHAPE, MID, layout=layout))
+    n, c, h, w = SHAPE
+    s_h, s_w = torch.randn(n, c, h, 1), torch.randn(n, c, 1, w)
+    grad = EXPANDED[relayout](d.grad).expand(SHAPE) if relayout in EXPANDED else RELAYOUTS[relayout](d.grad)
+    backward = torch.ops.coordatt_fast.gate_backward
+    dense = grad.contiguous(memory_format=LAYOUTS[layout])
+    for got, expected in zip(backward(grad, d.x, s_h, s_w, True), backward(dense, d.x, s_h, s_w, True)):
+        tolerances.assert_same_bits(got, expected)
+        assert got.stride() == expected.stride()
+
+
 @pytest.mark.parametrize("expanded", EXPANDED)
 def test_expanded_x(expanded, norm):
     case = Case(SHAPE, MID, norm=norm)

@@ -18,7 +18,7 @@ wrong element in a dim channel.
 
 Rounding errors of a few numbers are coin flips, and so is plain PyTorch's error on them. So a case is drawn
 several times, and plain PyTorch's error is the largest at the drawn inputs and at others beside them: a few ulps
-off, in the other memory format, each against its own truth. There the function is as well or as badly conditioned,
+off, in the other memory format, hard-swish in the other spelling, each against its own truth. There the function is as well or as badly conditioned,
 and every rounding falls another way. Each draw is held to its own bound, because one draw with a variance of nearly
 zero has errors that drown all others; the norm may be above it in one draw where it is below in the others (root
 mean square over the draws), the maxima in none. A case that is above after the few draws that nearly always do is
