@@ -230,7 +230,7 @@ void statistics_before(const ForwardArgs& f, const Kernels& k, const Threads& th
   double* moments = (double*)scratch.bytes(0);
   Pieces pieces(f, threads.count);
   run(threads, pieces.count(), [&](int64_t begin, int64_t end) {
-    Scratch none(0);
+    Scratch none(1);  // moments take nothing of it; of no bytes it may be null
     for (int64_t i = begin; i < end; ++i) {
       PlaneArgs a = plane_args(f, pieces[i], none);
       a.x = start_of(pieces[i], f, f.x);
