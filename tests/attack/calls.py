@@ -420,7 +420,10 @@ def _numbers(call, results, x, grad, params):
     if call.fused and call.training and "d conv1.bias" in floats and not special and floats["d conv1.bias"].any():
         wrong.append("d conv1.bias is not exactly zero")
     if special or wrong:
-        wrong += _special(call, floats, x, grad, params, at_a_jump, {} if overflows else balls)
+        if overflows:  # children that round to half precision make what they like of a gradient that vanishes
+            vanishing = not call.fused and x.isfinite().all()
+            balls = {n: b for n, b in balls.items() if vanishing and n.startswith("d ")}
+        wrong += _special(call, floats, x, grad, params, at_a_jump, balls)
     return wrong
 
 
@@ -458,8 +461,8 @@ def _special(call, results, x, grad, params, at_a_jump, balls):
     for name, value in results.items():
         plain, truth = theirs[0][name], theirs[1][name]
         largest = min(torch.finfo(dtype).max for dtype in (value.dtype, call.dtype))
-        near_the_top = sum(t.isfinite() & (t.abs() > 0.5 * largest) for t in (plain, truth)) > 0
-        if balls:  # whose rounding may go beyond the largest number
+        near_the_top = truth.isfinite() & (truth.abs() > 0.5 * largest)
+        if name in balls:  # whose rounding may go beyond the largest number
             near_the_top |= torch.from_numpy(~bounds.allowed(balls[name], value)[2])
         kinds = {"finite": torch.isfinite}
         if not name.startswith("d "):
