@@ -230,7 +230,7 @@ BREAKS = [
         "  args.grad = map_of(g, args.nhwc);\n  args.out",
     ),
     ("exp: a coefficient", SIMD, "gate", "splat(1.9875691500e-4f)", "splat(1.9875691500e-3f)"),
-    ("exp: one part of log 2", SIMD, "tails", "r = fma(k, splat(2.12194440e-4f), r);", "r = fma(k, splat(2.1219e-4f), r);"),
+    ("exp: one part of log 2", SIMD, "gate", "r = fma(k, splat(2.12194440e-4f), r);", "r = fma(k, splat(2.1219e-4f), r);"),
     ("sigmoid at the infinities", SIMD, "gate", "vint inf = d > 3e38f;", "vint inf = d < 0.0f;"),
     ("bfloat16 cut off", SIMD, "pool", "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16"),
     ("bfloat16: ties away from zero", SIMD, "pool", "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u"),

@@ -80,6 +80,21 @@ def test_every_simd_level(shape, layout, simd):
         check(AWKWARD[shape][0], dtype, layout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_nearly_closed(dtype, simd):
+    """Of each element's own size: beside open gates an error in these would drown."""
+    s_h = torch.linspace(-87, -40, 997, dtype=dtype).view(1, 1, -1, 1)
+    x, s_w = torch.ones_like(s_h), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    truth = oracle.gate(x, s_h, s_w, x, False)["out"]
+    ours, plain = (((f(x, s_h, s_w) - truth) / truth).double() for f in (gate, paper_gate))
+    eps = torch.finfo(dtype).eps
+    for factor, size in (
+        (tolerances.NORM_FACTOR, lambda e: e.square().mean().sqrt()),
+        (tolerances.ELEMENT_FACTOR, lambda e: e.abs().max()),
+    ):
+        assert size(ours) <= factor * size(plain) + tolerances.FLOOR_ULPS * eps
+
+
 @pytest.mark.parametrize("logit_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_logits_of_another_dtype(dtype, logit_dtype):
