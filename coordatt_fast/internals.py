@@ -64,8 +64,8 @@ def argument_names(op) -> list[str]:
 
 
 def take_any_layout(op) -> None:
-    """Lets the compiler hand an operator of torch.ops its tensors as they lie: without this tag, which the
-    stable ABI cannot give, it converts them to eager code's strides, before the operator and after it."""
+    """Lets the compiler hand an operator of torch.ops its tensors as they lie. Without this tag, which the
+    stable ABI cannot give, it converts them to eager code's strides before the operator and back after."""
     tag = getattr(torch.Tag, "flexible_layout", None)
     if tag is not None and tag not in op.tags:
         op._tags = [*op.tags, tag]
@@ -73,7 +73,7 @@ def take_any_layout(op) -> None:
 
 def take_grad_as_x(op) -> None:
     """Has inductor write op's first argument, grad, in the layout of its second, x [N, C, H, W]: the operator
-    copies what lies otherwise. Called as op is traced, when inductor, if it is at work, has been imported."""
+    copies what lies otherwise. Called as op is traced, when inductor has been imported if it is at work."""
     lowering = sys.modules.get("torch._inductor.lowering")
     if lowering is None or op in lowering.lowerings:
         return
