@@ -53,10 +53,10 @@ def attention(x, before, weights, norm, activation, skip, tracked, momentum, upd
         if _is_compiling():
             return _trained(x, arguments, running)[0]
         return _apply(x, *arguments, *running)
-    with ops._below_autograd():
-        if norm == NORM_BATCH or before[5] == NORM_BATCH:
+    if norm == NORM_BATCH or before[5] == NORM_BATCH:
+        with ops._below_autograd():
             return _trained(x, arguments, running)[0]
-        return _infer(x, *before[:5], before[6], *weights, activation, skip)
+    return _infer(x, *before[:5], before[6], *weights, activation, skip)
 
 
 def _trained(x, arguments, running):

@@ -61,6 +61,31 @@ def results(model, x, backward=True):
     return found | {n: b.as_subclass(torch.Tensor).clone() for n, b in model.named_buffers()}
 
 
+class Conv(nn.Module):
+    """As the YOLO family has it."""
+
+    def __init__(self, inp, out, act=None):
+        super().__init__()
+        self.conv = nn.Conv2d(inp, out, 1, bias=False)
+        self.bn = nn.BatchNorm2d(out)
+        self.act = act or nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+    def forward_fuse(self, x):
+        return self.act(self.conv(x))
+
+
+class LouderConv(Conv):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def block():
+    return CoordAtt(C, C)
+
+
 def agree(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
