@@ -303,7 +303,8 @@ def attend_train_update(
 
 
 def update_running_stats(running_mean, running_var, num_batches_tracked, squeezed, mean, var, momentum):
-    rows, m = squeezed.shape[0], mean.numel()
+    m = mean.numel()
+    rows = squeezed.numel() // max(1, m)
     for name, t in (("mean", mean), ("var", var)):
         checks.saved(t, m, accumulate_dtype(mean.dtype), squeezed.device, name)
     running = (running_mean, running_var, num_batches_tracked)

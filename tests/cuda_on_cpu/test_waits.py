@@ -47,7 +47,9 @@ def hybrid():
 def update():
     mean, var, tracked = torch.zeros(600), torch.ones(600), torch.tensor(3)
     batch = torch.arange(600.0)
-    torch.ops.coordatt_fast_cuda_on_cpu.update_running_stats(mean, var, tracked, batch[:9], batch, batch, None)
+    torch.ops.coordatt_fast_cuda_on_cpu.update_running_stats(
+        mean, var, tracked, torch.zeros(9, 600), batch, batch, None
+    )
     return {"mean": mean, "var": var, "tracked": tracked}
 
 
