@@ -33,14 +33,20 @@ def serves(x, norm, eps, batch) -> bool:
     """
     if _cpu is None or not x.is_cpu or choice.name not in SERVED_BY_CPU:
         return False
-    n, c, h, w = x.shape
-    if n * h * w < (2 if batch else 1) or not eps > 0 or (norm[2] is None) is not (norm[3] is None):
+    channels = x.shape[1]
+    if x.numel() < channels * (2 if batch else 1) or not eps > 0:
         return False
-    tensors = [t for t in norm if t is not None]
-    dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or not dtypes <= {x.dtype, ops.accumulate_dtype(x.dtype)}:
+    if (norm[2] is None) is not (norm[3] is None):
         return False
-    return all(type(t) in plan.PLAIN and t.is_cpu and t.shape == (c,) for t in tensors)
+    dtype = None
+    for t in norm:
+        if t is not None:
+            if type(t) not in plan.PLAIN or not t.is_cpu or t.shape != (channels,):
+                return False
+            if dtype is not None and t.dtype is not dtype:
+                return False
+            dtype = t.dtype
+    return dtype is None or dtype is x.dtype or dtype is ops.accumulate_dtype(x.dtype)
 
 
 def attention(x, before, weights, norm, activation, skip, tracked, momentum, update):

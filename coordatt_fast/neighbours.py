@@ -13,7 +13,6 @@ from torch.nn import BatchNorm2d, Identity, Module, Parameter, ReLU6, Sequential
 
 from coordatt_fast import before as stacked
 from coordatt_fast import internals, plan, reference
-from coordatt_fast.backends import SERVED_BY_CPU, choice
 from coordatt_fast.codes import NORM_BATCH, NORM_GIVEN
 from coordatt_fast.module import CoordAtt
 from coordatt_fast.twin import laboratory, noise
@@ -24,14 +23,12 @@ BLOCK, CONTAINER = "_coordatt_fast", "_coordatt_fast_steps"
 
 _PLAIN = frozenset((Tensor, Parameter))
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-_HALF = (torch.bfloat16, torch.float16)
 _RELU6 = tuple(reference.ACTIVATIONS).index("relu6")
 # What may stand between the normalisation and the block, and what holds no chain.
 FOLLOWERS = frozenset((*map(type, plan.MADE.values()), Identity))
 _LEAVES = FOLLOWERS | {nn.Conv2d, BatchNorm2d, CoordAtt, nn.Dropout, nn.MaxPool2d, nn.Upsample}
 _sequential, _iterate = Sequential.forward, Sequential.__iter__
 _is_compiling = internals.is_compiling
-_float32 = torch.float32
 
 
 def is_sequence(kind: type) -> bool:
@@ -123,17 +120,13 @@ def _joined(waiting: list[Module], block: Module, x):
     try:
         return stacked.attention(x, *found)
     except RuntimeError:
-        if any(t is not None and (t.numel() != x.shape[1] or t.device != x.device) for t in found[0][:4]):
-            return None  # the normalisation raises
         plan.check_plain(block._modules if type(block) is CoordAtt else _wiring(block).children(block), x)
         raise
 
 
 def arguments(waiting: list[Module], block: Module, x) -> tuple | None:
     """before.attention's arguments after x; None where what is waiting and the block run by themselves."""
-    if type(x) not in _PLAIN or x.dim() != 4 or not x.is_cpu or x.dtype not in _DTYPES:
-        return None
-    if choice.name not in SERVED_BY_CPU:
+    if type(x) not in _PLAIN or x.dim() != 4 or x.dtype not in _DTYPES:
         return None
     kind, d = type(block), block.__dict__
     if not is_block(block) or _observed(block) or (before := _before(waiting, x)) is None:
@@ -190,19 +183,9 @@ def _before(waiting: list[Module], x) -> tuple | None:
         update = training and d["track_running_stats"]
     except KeyError:  # a replica of nn.DataParallel, whose parameters are attributes
         return None
-    own, dtype = x.dtype, None
-    for tensor in (weight, bias, mean, var):
-        if tensor is not None:
-            if type(tensor) not in _PLAIN or (tensor.dtype is not dtype and dtype is not None):
-                return None
-            dtype = tensor.dtype
-    if dtype is not own and dtype is not None and not (dtype is _float32 and own in _HALF):
-        return None
-    if (mean is None) is not (var is None) or not eps > 0:
-        return None
     batch = training or mean is None
-    if x.numel() < 2 * x.shape[1] if batch else x.numel() == 0:
-        return None  # the normalisation raises for one value a channel
+    if not stacked.serves(x, (weight, bias, mean, var), eps, batch):
+        return None
     if update:
         if tracked is None:
             if momentum is None:

@@ -176,29 +176,12 @@ template <class A> struct Point {
   Vec<A> grad;
   Seen<A> seen;
 };
-template <class P, class Q> struct Points {
-  static constexpr bool reads = true, has_runs = false;
-  static constexpr int row_vectors = 2;
-  P grad;
-  Q x;
-  template <class... I> COORDATT_MEMBER auto at(I... i) const { return point(grad.at(i...), x.at(i...)); }
-  template <class A> static COORDATT_MEMBER Point<A> point(Vec<A> g, const Seen<A>& s) { return {g, s}; }
-  COORDATT_MEMBER void ahead(int64_t i) const {
-    grad.ahead(i);
-    x.ahead(i);
-  }
-  COORDATT_MEMBER void next(int64_t elements) {
-    grad.next(elements);
-    x.next(elements);
-  }
-  COORDATT_MEMBER auto plane(int64_t c) const { return both(grad.plane(c), x.plane(c)); }
-  COORDATT_MEMBER auto pixel(int64_t i) const { return both(grad.pixel(i), x.pixel(i)); }
-  COORDATT_MEMBER bool back_to_back(int64_t) const { return false; }
-  template <class R, class T> static COORDATT_MEMBER Points<R, T> both(R r, T t) { return {r, t}; }
+struct Pointing {
+  template <class A> COORDATT_MEMBER Point<A> operator()(Vec<A> grad, const Seen<A>& seen) const { return {grad, seen}; }
 };
 
 template <class X>
-COORDATT_INLINE Points<Elements<X>, Elements<X, Seeing<Acc<X>>>> points(const PlaneArgs& a) {
+COORDATT_INLINE Both<Elements<X>, Elements<X, Seeing<Acc<X>>>, Pointing> points(const PlaneArgs& a) {
   return {{(const X*)a.grad, a.grad_step}, {(const X*)a.x, a.x_step, Seeing<Acc<X>>(a.before)}};
 }
 
@@ -206,33 +189,30 @@ template <class A> struct Two {
   Vec<A> du, dev;
 };
 
-// du of an element, and du * (x - mean).
-template <bool NHWC, class A, class Act> struct Slopes {
-  static constexpr int numbers = 2;
-  static constexpr bool ahead = true;
-  Numbers<A> lines[2];
-  Spreading<NHWC, A> spreading;
+// du of an element: what comes back to the map, through the activation.
+template <bool NHWC, class A, class Act> struct Sloping : Spreading<NHWC, A> {
   Act act;
-  explicit COORDATT_MEMBER Slopes(const PlaneArgs& a)
-      : lines{{a.gates}, means_of<A>(a)}, spreading(a), act(a.before.activation) {}
+  explicit COORDATT_MEMBER Sloping(const PlaneArgs& a) : Spreading<NHWC, A>(a), act(a.before.activation) {}
+  COORDATT_MEMBER Vec<A> du(const Point<A>& p, const Vec<A>* row, const Vec<A>* column) const {
+    return act.slope(p.seen.u, Spreading<NHWC, A>::operator()(p.grad, row, column));
+  }
+};
+
+// du, and du * (x - mean).
+template <bool NHWC, class A, class Act> struct Slopes : Sloping<NHWC, A, Act> {
+  using Sloping<NHWC, A, Act>::Sloping;
   COORDATT_MEMBER Two<A> operator()(const Point<A>& p, const Vec<A>* row, const Vec<A>* column) const {
-    const Vec<A> du = act.slope(p.seen.u, spreading(p.grad, row, column));
+    const Vec<A> du = this->du(p, row, column);
     return {du, du * (p.seen.x - p.seen.mean)};
   }
 };
 
-template <bool NHWC, class A, class Act> struct Passing {
-  static constexpr int numbers = 2;
-  static constexpr bool ahead = true;
-  Numbers<A> lines[2];
-  Spreading<NHWC, A> spreading;
-  Act act;
+template <bool NHWC, class A, class Act> struct Passing : Sloping<NHWC, A, Act> {
   bool batch;
-  explicit COORDATT_MEMBER Passing(const PlaneArgs& a)
-      : lines{{a.gates}, means_of<A>(a)}, spreading(a), act(a.before.activation), batch(a.before.offset) {}
+  explicit COORDATT_MEMBER Passing(const PlaneArgs& a) : Sloping<NHWC, A, Act>(a), batch(a.before.offset) {}
   COORDATT_MEMBER Vec<A> operator()(const Point<A>& p, const Vec<A>* row, const Vec<A>* column) const {
     const Seen<A>& s = p.seen;
-    const Vec<A> du = act.slope(s.u, spreading(p.grad, row, column));
+    const Vec<A> du = this->du(p, row, column);
     if (!batch) return s.scale * du;
     return fma(s.scale, du, -fma(s.x - s.mean, s.slope, s.offset));
   }
@@ -332,12 +312,7 @@ COORDATT_INLINE void add(MapKernels& k) {
 }  // namespace
 
 void add_norm(Kernels& k) {
-  add<BFloat16>(k.map[(int)DType::bf16]);
-#if !defined(COORDATT_SIMD_AVX512_BF16)  // which changes nothing else
-  add<float>(k.map[(int)DType::f32]);
-  add<double>(k.map[(int)DType::f64]);
-  add<Float16>(k.map[(int)DType::f16]);
-#endif
+  for_each_type(k, [](auto x, MapKernels& map) { add<decltype(x)>(map); });
 }
 
 }  // namespace COORDATT_LEVEL

@@ -72,12 +72,7 @@ COORDATT_INLINE void add(MapKernels& k) {
 }  // namespace
 
 void add_pool(Kernels& k) {
-  add<BFloat16>(k.map[(int)DType::bf16]);
-#if !defined(COORDATT_SIMD_AVX512_BF16)  // which changes nothing else
-  add<float>(k.map[(int)DType::f32]);
-  add<double>(k.map[(int)DType::f64]);
-  add<Float16>(k.map[(int)DType::f16]);
-#endif
+  for_each_type(k, [](auto x, MapKernels& map) { add<decltype(x)>(map); });
 }
 
 }  // namespace COORDATT_LEVEL

@@ -411,6 +411,16 @@ COORDATT_INLINE vfloat sigmoid(vfloat x) {
 }
 #endif
 
+// add(an element of the type, its kernels) for every stored type that this level is compiled for.
+template <class F> COORDATT_INLINE void for_each_type(Kernels& k, const F& add) {
+  add(BFloat16(), k.map[(int)DType::bf16]);
+#if !defined(COORDATT_SIMD_AVX512_BF16)  // which changes nothing else
+  add(float(), k.map[(int)DType::f32]);
+  add(double(), k.map[(int)DType::f64]);
+  add(Float16(), k.map[(int)DType::f16]);
+#endif
+}
+
 COORDATT_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 template <class T> COORDATT_INLINE T min_of(T a, T b) { return a < b ? a : b; }

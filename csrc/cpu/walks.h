@@ -132,14 +132,19 @@ template <class X, class R = AsIs> struct Elements {
   COORDATT_MEMBER bool back_to_back(int64_t size) const { return step == size; }
 };
 
-// The product of two maps.
-template <class P, class Q> struct Both {
+struct Times {
+  template <class V> COORDATT_MEMBER V operator()(V v, V w) const { return v * w; }
+};
+
+// Two maps read together; F makes one value of both: their product, unless it is another.
+template <class P, class Q, class F = Times> struct Both {
+  static constexpr bool reads = true, has_runs = false;
   static constexpr int row_vectors = P::row_vectors < Q::row_vectors ? P::row_vectors : Q::row_vectors;
   P p;
   Q q;
-  template <class... I> COORDATT_MEMBER auto at(I... i) const { return p.at(i...) * q.at(i...); }
-  template <class F, class... Cut> COORDATT_MEMBER auto by(const F& from, Cut... cut) const {
-    return p.by(from, cut...) * q.by(from, cut...);
+  template <class... I> COORDATT_MEMBER auto at(I... i) const { return F()(p.at(i...), q.at(i...)); }
+  template <class G, class... Cut> COORDATT_MEMBER auto by(const G& from, Cut... cut) const {
+    return F()(p.by(from, cut...), q.by(from, cut...));
   }
   COORDATT_MEMBER void ahead(int64_t i) const {
     p.ahead(i);
@@ -151,7 +156,8 @@ template <class P, class Q> struct Both {
   }
   COORDATT_MEMBER auto plane(int64_t c) const { return both(p.plane(c), q.plane(c)); }
   COORDATT_MEMBER auto pixel(int64_t i) const { return both(p.pixel(i), q.pixel(i)); }
-  template <class R, class T> static COORDATT_MEMBER Both<R, T> both(R r, T t) { return {r, t}; }
+  COORDATT_MEMBER bool back_to_back(int64_t) const { return false; }
+  template <class R, class T> static COORDATT_MEMBER Both<R, T, F> both(R r, T t) { return {r, t}; }
 };
 template <class P, class Q> COORDATT_INLINE Both<P, Q> product(P p, Q q) { return {p, q}; }
 
