@@ -75,6 +75,26 @@ def test_statistics_of_the_batch_alone(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("training", [True, False])
+def test_x_alone_is_kept(training, activation, calls):
+    """For backward: no other tensor of the map's size, neither normalised nor activated."""
+    x, norm, block = draw(shape=(2, 5, 40, 50))
+    x.requires_grad_()
+    kept = {}
+
+    def pack(t):
+        kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        coord_att(
+            x, *block, training=training, before=NormAct(**norm, training=training, activation=activation)
+        )
+    assert [address for address, size in kept.items() if size >= x.numel() / 2] == [x.data_ptr()]
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes(dtype, calls):
     x, norm, block = draw(FLOATS[dtype])

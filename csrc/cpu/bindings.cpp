@@ -14,7 +14,7 @@ void run_tasks(int64_t count, void (*body)(void*, int64_t, int64_t), void* conte
 Threads threads() { return {(int)torch::stable::get_num_threads(), run_tasks}; }
 
 template <class A> void lerp(const Param& running, int64_t step, const A* batch, int64_t count, double scale, double momentum) {
-  if (running.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) {
+  if (running.dtype == (sizeof(A) == 8 ? DType::f64 : DType::f32)) {  // two of 960 numbers: 5 us; as halves go, 54
     A* to = (A*)running.data;
     for (int64_t i = 0; i < count; ++i) to[i * step] = (A)fma(momentum * scale, (double)batch[i], (1 - momentum) * to[i * step]);
     return;
